@@ -1,0 +1,46 @@
+# Every target sets up what it needs: on a fresh clone `make test` is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check protos bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-8s %s\n", $$1, $$2 }'
+
+install: $(INSTALLED) ## create .venv with pinned versions of everything
+
+# torch goes first and alone: whichever build of it (CPU or CUDA) the machine's package index
+# offers is then in place, and the second resolve has nothing left to choose.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("shardline needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## train on two shards and two workers on this machine
+	$(BIN)/shardline run --shards 2 --workers 2 examples/digits.py
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## format, lint, types, generated files, layers
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/python scripts/check_protos.py
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+protos: $(INSTALLED) ## write ps_core/v1 again from protos/
+	rm -f ps_core/v1/*_pb2.py ps_core/v1/*_pb2.pyi
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. protos/ps_core/v1/*.proto
+
+bench: $(INSTALLED) ## measure the exchange
+	$(BIN)/python benchmarks/exchange.py
+
+clean: ## remove everything that can be made again
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
