@@ -1,0 +1,144 @@
+"""Flat gradient and parameter buffers, and the user's parameters as views into them.
+
+The model computes with `parameters` and `gradients`, on its own device. What travels is
+`host_parameters` and `host_gradients`: on the CPU the same memory, so that an answer written there
+needs no copy; elsewhere pinned mirrors, one copy per bucket each way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ps_core.errors import UsageError
+from ps_core.plan import BucketLayout, Placement, Plan
+
+_NUM_SAMPLES = 4096
+"""Elements per bucket that `check_unchanged` compares."""
+
+
+class Bucket:
+    """One flat run of parameters and their gradients.
+
+    All four buffers are 1-D, `layout.length` elements long; gaps between parameters are zero.
+    `present` says for each placement whether the collected step has a gradient for it; without one
+    its elements are zero.
+    """
+
+    def __init__(self, layout: BucketLayout, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Take over `parameters`, in the order of `layout.placements`: their storage moves into
+        this bucket.
+        """
+        device = parameters[0].device
+        self.layout = layout
+        self.members = tuple(parameters)
+        self.present = [False] * len(parameters)
+        self.parameters = torch.zeros(layout.length, dtype=layout.dtype, device=device)
+        self.gradients = torch.zeros_like(self.parameters)
+        on_host = device.type == "cpu"
+        self.host_parameters = self.parameters if on_host else _mirror(self.parameters)
+        self.host_gradients = self.gradients if on_host else _mirror(self.gradients)
+        self.gradient_views = self._views(self.gradients)
+        self.parameter_views = self._views(self.parameters)
+        for parameter, view in zip(self.members, self.parameter_views, strict=True):
+            view.copy_(parameter.detach())
+            parameter.data = view
+        self.host_parameters.copy_(self.parameters)
+        self._sample_step = max(1, layout.length // _NUM_SAMPLES)
+        self.accept()
+
+    def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            flat[placement.offset : placement.offset + placement.length].view(parameter.shape)
+            for placement, parameter in zip(self.layout.placements, self.members, strict=True)
+        ]
+
+    @torch.no_grad()
+    def collect(self, scale: float = 1.0) -> None:
+        """Copy every `.grad`, times `scale`, into `gradients` and note which are present."""
+        for position, (parameter, view) in enumerate(
+            zip(self.members, self.gradient_views, strict=True)
+        ):
+            gradient = parameter.grad
+            self.present[position] = gradient is not None
+            if gradient is None:
+                view.zero_()
+            elif gradient.is_sparse:
+                raise UsageError(
+                    "a gradient is sparse (sparse=True): shards take dense gradients only, so "
+                    "build the embedding with sparse=False"
+                )
+            elif scale == 1.0:
+                view.copy_(gradient)
+            else:
+                torch.mul(gradient, scale, out=view)
+
+    def download(self) -> None:
+        """Bring the collected gradients to the host, where the exchange reads them."""
+        if self.host_gradients is not self.gradients:
+            self.host_gradients.copy_(self.gradients)
+
+    def upload(self) -> None:
+        """Make `host_parameters`, just written by the exchange, what the model computes with."""
+        if self.host_parameters is not self.parameters:
+            self.parameters.copy_(self.host_parameters)
+        self.accept()
+
+    def accept(self) -> None:
+        """Take the parameters as they are: `changed` compares with them from now on."""
+        self._versions = [parameter._version for parameter in self.members]
+        self._remembered = self._sample()
+
+    def first_nonfinite(self) -> Placement | None:
+        """The first placement whose collected gradient holds NaN or infinity.
+
+        One reading pass when all is well: the extremes are finite exactly when every element is.
+        """
+        low, high = self.gradients.aminmax()
+        if low.isfinite() and high.isfinite():
+            return None
+        for placement in self.layout.placements:
+            end = placement.offset + placement.length
+            if not self.gradients[placement.offset : end].isfinite().all():
+                return placement
+        return None
+
+    def changed(self) -> Placement | None:
+        """A placement whose parameter was changed by anyone but the exchange since `accept`.
+
+        Exact for replaced storage and for in-place operations that autograd sees (`p.copy_()`,
+        `p.add_()` under no_grad); operations on `p.data` are found by comparing a sample of the
+        elements.
+        """
+        for position, placement in enumerate(self.layout.placements):
+            parameter, view = self.members[position], self.parameter_views[position]
+            if parameter._version != self._versions[position] or (
+                parameter.data_ptr() != view.data_ptr()
+            ):
+                return placement
+        different = (self._sample() != self._remembered).nonzero()
+        if not len(different):
+            return None
+        element = int(different[0]) * self._sample_step
+        return max(
+            (p for p in self.layout.placements if p.offset <= element), key=lambda p: p.offset
+        )
+
+    def _sample(self) -> torch.Tensor:
+        """Bits of evenly spaced elements, as integers so that NaN equals itself."""
+        integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+        bits = self.parameters.view(integer[self.layout.dtype.itemsize])
+        return bits[:: self._sample_step].clone()
+
+
+def _mirror(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+
+
+def make_buckets(plan: Plan, parameters: Sequence[torch.nn.Parameter]) -> list[Bucket]:
+    """Buckets for the plan's `parameters`, which become views into them."""
+    return [
+        Bucket(layout, [parameters[placement.parameter] for placement in layout.placements])
+        for layout in plan.buckets
+    ]

@@ -1,0 +1,255 @@
+"""Between the project's own types and wire messages. Everything that is checked about a message's
+shape is here.
+
+Frames of the hot path are built by hand around their last field, so that the elements are copied
+once; the bytes are exactly those of the generated classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ps_core.errors import MismatchError, ProtocolError
+from ps_core.job import Job
+from ps_core.optim_spec import OPTIMIZERS, Hyperparameters, HyperparameterValue, OptimizerSpec
+from ps_core.plan import ParameterSpec, Part
+from ps_core.tensors import TRAINABLE, bytes_of, from_wire, spec_of, tensor_of, to_wire
+from ps_core.v1 import shard_pb2, tensor_pb2
+
+CHUNK_BYTES = 4 * 2**20
+"""Largest piece of a tensor in one message."""
+
+_REQUEST_PART = shard_pb2.ExchangeRequest.PART_FIELD_NUMBER << 3 | 2
+_RESPONSE_PART = shard_pb2.ExchangeResponse.PART_FIELD_NUMBER << 3 | 2
+_LOAD_PART = shard_pb2.LoadRequest.PART_FIELD_NUMBER << 3 | 2
+_PULL_PART = shard_pb2.PullResponse.PART_FIELD_NUMBER << 3 | 2
+_DATA = tensor_pb2.Part.DATA_FIELD_NUMBER << 3 | 2
+
+
+# -- Hot frames ------------------------------------------------------------------------------------
+
+
+def encode_push(step: int, part: Part, present: Sequence[bool], gradients: torch.Tensor) -> bytes:
+    """An ExchangeRequest with the part's gradients, taken from the flat buffer of its bucket."""
+    head = tensor_pb2.Part(step=step, part=part.index, present=_pack_bits(present))
+    return _frame(_REQUEST_PART, head, gradients[part.start : part.start + part.length])
+
+
+def encode_answer(version: int, part: int, parameters: torch.Tensor) -> bytes:
+    """An ExchangeResponse with a part's parameters."""
+    return _frame(_RESPONSE_PART, tensor_pb2.Part(step=version, part=part), parameters)
+
+
+def encode_initial(part: Part, parameters: torch.Tensor) -> bytes:
+    """A LoadRequest with a part's initial values, taken from the flat buffer of its bucket."""
+    head = tensor_pb2.Part(part=part.index)
+    return _frame(_LOAD_PART, head, parameters[part.start : part.start + part.length])
+
+
+def encode_pulled(version: int, part: int, parameters: torch.Tensor) -> bytes:
+    """A PullResponse with a part's parameters."""
+    return _frame(_PULL_PART, tensor_pb2.Part(step=version, part=part), parameters)
+
+
+def decode_elements(message: tensor_pb2.Part, part: Part) -> torch.Tensor:
+    """The part's elements over the message's bytes: 1-D, not to be written to. Raises
+    ProtocolError.
+    """
+    data = message.data
+    if len(data) != part.num_bytes:
+        raise ProtocolError(
+            f"part {part.index} has {len(data)} bytes where the plan says {part.num_bytes}"
+        )
+    return tensor_of(data, part.dtype, (part.length,))
+
+
+def decode_present(message: tensor_pb2.Part, part: Part) -> tuple[bool, ...]:
+    """Which slices of the part have a gradient. Raises ProtocolError."""
+    count = len(part.slices)
+    packed = message.present
+    if not packed:
+        return (True,) * count
+    if len(packed) != -(-count // 8):
+        raise ProtocolError(
+            f"part {part.index} has {count} slices, not the {8 * len(packed)} it says"
+        )
+    return tuple(bool(packed[i // 8] >> i % 8 & 1) for i in range(count))
+
+
+def _pack_bits(present: Sequence[bool]) -> bytes:
+    if all(present):
+        return b""
+    packed = bytearray(-(-len(present) // 8))
+    for index, flag in enumerate(present):
+        packed[index // 8] |= flag << index % 8
+    return bytes(packed)
+
+
+def _frame(field: int, head: tensor_pb2.Part, elements: torch.Tensor) -> bytes:
+    data = bytes_of(elements)
+    inner = head.SerializeToString() + bytes([_DATA]) + _varint(len(data))
+    return b"".join((bytes([field]), _varint(len(inner) + len(data)), inner, data))
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+# -- Tensors that are not hot ----------------------------------------------------------------------
+
+
+def encode_chunks(name: str, tensor: torch.Tensor) -> Iterator[tensor_pb2.TensorChunk]:
+    """A named host tensor as one or more chunks."""
+    spec = spec_of(name, tensor)
+    data = bytes_of(tensor.contiguous())
+    for offset in range(0, max(1, len(data)), CHUNK_BYTES):
+        piece = bytes(data[offset : offset + CHUNK_BYTES])
+        yield tensor_pb2.TensorChunk(spec=spec, offset_bytes=offset, data=piece)
+
+
+def write_chunk(chunk: tensor_pb2.TensorChunk, tensor: torch.Tensor) -> None:
+    """Copy a chunk into its place in a contiguous host tensor. Raises ProtocolError when it does
+    not fit.
+    """
+    dtype, shape = from_wire(chunk.spec.dtype), tuple(chunk.spec.shape)
+    if (dtype, shape) != (tensor.dtype, tuple(tensor.shape)):
+        raise ProtocolError(
+            f"tensor {chunk.spec.name} is {dtype}{list(shape)} there and "
+            f"{tensor.dtype}{list(tensor.shape)} here"
+        )
+    target = bytes_of(tensor)
+    end = chunk.offset_bytes + len(chunk.data)
+    if end > len(target):
+        raise ProtocolError(f"a chunk of {chunk.spec.name} ends at byte {end} of {len(target)}")
+    target[chunk.offset_bytes : end] = chunk.data
+
+
+def encode_state(part: int, slice_: int, key: str, tensor: torch.Tensor) -> tensor_pb2.StateTensor:
+    """One tensor of the optimizer's state for one slice."""
+    data = bytes(bytes_of(tensor.contiguous()))
+    return tensor_pb2.StateTensor(part=part, slice=slice_, spec=spec_of(key, tensor), data=data)
+
+
+def decode_state(message: tensor_pb2.StateTensor) -> torch.Tensor:
+    """The state tensor, in memory of its own. Raises ProtocolError."""
+    dtype = from_wire(message.spec.dtype)
+    return tensor_of(message.data, dtype, tuple(message.spec.shape)).clone()
+
+
+# -- The job ---------------------------------------------------------------------------------------
+
+
+def encode_job(job: Job) -> shard_pb2.JobSpec:
+    """A job as a message, with the fingerprint of its plan."""
+    return shard_pb2.JobSpec(
+        protocol=job.protocol,
+        job_id=job.job_id,
+        num_workers=job.num_workers,
+        num_shards=job.num_shards,
+        parameters=[_encode_parameter(spec) for spec in job.parameters],
+        part_bytes=job.part_bytes,
+        bucket_bytes=job.bucket_bytes,
+        optimizer=shard_pb2.OptimizerSpec(
+            name=job.optimizer.name,
+            groups=encode_groups(job.optimizer.groups),
+            max_grad_norm=job.optimizer.max_grad_norm,
+        ),
+        mode=job.mode,
+        deterministic=job.deterministic,
+        fingerprint=job.plan.fingerprint,
+    )
+
+
+def decode_job(message: shard_pb2.JobSpec) -> Job:
+    """The job a message describes. Raises ProtocolError, or MismatchError when its plan comes out
+    different here.
+    """
+    _check_sizes(message)
+    optimizer = message.optimizer
+    job = Job(
+        job_id=message.job_id,
+        num_workers=message.num_workers,
+        num_shards=message.num_shards,
+        parameters=tuple(_decode_parameter(p, len(optimizer.groups)) for p in message.parameters),
+        part_bytes=message.part_bytes,
+        bucket_bytes=message.bucket_bytes,
+        optimizer=OptimizerSpec(
+            optimizer.name,
+            decode_groups(optimizer.groups),
+            optimizer.max_grad_norm if optimizer.HasField("max_grad_norm") else None,
+        ),
+        mode=message.mode,
+        deterministic=message.deterministic,
+        protocol=message.protocol,
+    )
+    if job.plan.fingerprint != message.fingerprint:
+        raise MismatchError(
+            "the plan comes out different on the worker and on the shard: run the same release on "
+            "both"
+        )
+    return job
+
+
+def _check_sizes(message: shard_pb2.JobSpec) -> None:
+    if not (message.num_workers and message.num_shards and message.parameters):
+        raise ProtocolError("a job needs workers, shards and parameters")
+    if message.part_bytes < 512 or message.part_bytes % 512 or not message.bucket_bytes:
+        raise ProtocolError(f"part_bytes {message.part_bytes} is not a positive multiple of 512")
+    if message.optimizer.name not in OPTIMIZERS:
+        raise ProtocolError(f"unknown optimizer {message.optimizer.name!r}")
+
+
+def _encode_parameter(spec: ParameterSpec) -> shard_pb2.ParameterSpec:
+    tensor = tensor_pb2.TensorSpec(name=spec.name, dtype=to_wire(spec.dtype), shape=spec.shape)
+    return shard_pb2.ParameterSpec(tensor=tensor, group=spec.group)
+
+
+def _decode_parameter(message: shard_pb2.ParameterSpec, num_groups: int) -> ParameterSpec:
+    tensor = message.tensor
+    spec = ParameterSpec(tensor.name, from_wire(tensor.dtype), tuple(tensor.shape), message.group)
+    if spec.dtype not in TRAINABLE or min(spec.shape, default=1) < 1 or spec.group >= num_groups:
+        raise ProtocolError(f"parameter {spec.name!r} has a bad dtype, shape or group")
+    return spec
+
+
+def encode_groups(groups: Sequence[Hyperparameters]) -> list[shard_pb2.Hyperparameters]:
+    """Hyperparameters, one message per parameter group."""
+    return [
+        shard_pb2.Hyperparameters(values={key: _encode_value(v) for key, v in group.items()})
+        for group in groups
+    ]
+
+
+def decode_groups(messages: Sequence[shard_pb2.Hyperparameters]) -> tuple[Hyperparameters, ...]:
+    """The inverse of `encode_groups`. Raises ProtocolError."""
+    return tuple({key: _decode_value(key, v) for key, v in m.values.items()} for m in messages)
+
+
+def _encode_value(value: HyperparameterValue) -> shard_pb2.HyperparameterValue:
+    if isinstance(value, bool):
+        return shard_pb2.HyperparameterValue(flag=value)
+    if isinstance(value, int):
+        return shard_pb2.HyperparameterValue(integer=value)
+    if isinstance(value, float):
+        return shard_pb2.HyperparameterValue(real=value)
+    return shard_pb2.HyperparameterValue(reals=shard_pb2.RealList(values=value))
+
+
+def _decode_value(key: str, message: shard_pb2.HyperparameterValue) -> HyperparameterValue:
+    match message.WhichOneof("value"):
+        case "flag":
+            return message.flag
+        case "integer":
+            return message.integer
+        case "real":
+            return message.real
+        case "reals":
+            return tuple(message.reals.values)
+    raise ProtocolError(f"hyperparameter {key} has no value")

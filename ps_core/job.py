@@ -1,0 +1,80 @@
+"""What must be the same on every worker and shard of a job, and how to name a difference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
+
+from ps_core.optim_spec import Hyperparameters, OptimizerSpec
+from ps_core.plan import ParameterSpec, Plan, make_plan
+
+PROTOCOL = 1
+"""Version of the wire contract in `protos/ps_core/v1`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job, as its workers describe it when they join."""
+
+    job_id: str
+    num_workers: int
+    num_shards: int
+    parameters: tuple[ParameterSpec, ...]
+    part_bytes: int
+    bucket_bytes: int
+    optimizer: OptimizerSpec
+    mode: str
+    deterministic: bool
+    protocol: int = PROTOCOL
+
+    @cached_property
+    def plan(self) -> Plan:
+        return make_plan(self.parameters, self.num_shards, self.part_bytes, self.bucket_bytes)
+
+
+def first_difference(mine: Job, theirs: Job) -> str | None:
+    """The first thing two descriptions of a job disagree about, most telling first, or None."""
+    return next(_differences(mine, theirs), None)
+
+
+def _differences(mine: Job, theirs: Job) -> Iterator[str]:
+    for field in ("protocol", "job_id", "num_shards", "num_workers", "mode", "deterministic"):
+        yield from _unequal(field.replace("_", " "), getattr(mine, field), getattr(theirs, field))
+    yield from _parameter_differences(mine.parameters, theirs.parameters)
+    yield from _unequal("optimizer", mine.optimizer.name, theirs.optimizer.name)
+    yield from _unequal(
+        "max_grad_norm", mine.optimizer.max_grad_norm, theirs.optimizer.max_grad_norm
+    )
+    yield from _group_differences(mine.optimizer.groups, theirs.optimizer.groups)
+    for field in ("part_bytes", "bucket_bytes"):
+        yield from _unequal(field, getattr(mine, field), getattr(theirs, field))
+
+
+def _unequal(what: str, mine: object, theirs: object) -> Iterator[str]:
+    if mine != theirs:
+        yield f"{what} is {mine!r} here and {theirs!r} there"
+
+
+def _parameter_differences(
+    mine: Sequence[ParameterSpec], theirs: Sequence[ParameterSpec]
+) -> Iterator[str]:
+    for index, (ours, other) in enumerate(zip_longest(mine, theirs)):
+        yield from _unequal(f"parameter {index}", _show(ours), _show(other))
+
+
+def _show(spec: ParameterSpec | None) -> str:
+    if spec is None:
+        return "absent"
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return f"{spec.name} {dtype}{list(spec.shape)} in group {spec.group}"
+
+
+def _group_differences(
+    mine: Sequence[Hyperparameters], theirs: Sequence[Hyperparameters]
+) -> Iterator[str]:
+    nothing: Hyperparameters = {}
+    for index, (ours, other) in enumerate(zip_longest(mine, theirs, fillvalue=nothing)):
+        for key in sorted({*ours, *other}):
+            yield from _unequal(f"{key} of parameter group {index}", ours.get(key), other.get(key))

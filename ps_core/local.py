@@ -1,0 +1,102 @@
+"""LocalExchange: one process, no shards. Every other exchange is tested against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ps_core.buckets import Bucket
+from ps_core.exchange import Meeting, Outcome, Purpose, ReadExtras, Start, StateByParameter, Traffic
+from ps_core.optim_spec import Hyperparameters, OptimizerSpec, build, local_hyperparameters
+from ps_core.plan import Plan
+
+
+class LocalExchange:
+    """Runs torch.optim on the buckets, on the model's own device."""
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+
+    def join(
+        self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: ReadExtras
+    ) -> Start:
+        """Keep the values as they are: there is nobody else."""
+        self._spec = optimizer
+        self._buckets = buckets
+        self._views = {
+            placement.parameter: (bucket, position)
+            for bucket in buckets
+            for position, placement in enumerate(bucket.layout.placements)
+        }
+        self._shapes = {index: spec.shape for index, spec in enumerate(plan.parameters)}
+        groups = [(index, self._group(plan, index)) for index in range(len(optimizer.groups))]
+        self._optimizer = build(optimizer, [group for group in groups if group[1]])
+        self._indices = [index for index, tensors in groups if tensors]
+        return Start(step=0, chosen=True)
+
+    def _group(self, plan: Plan, group: int) -> list[torch.Tensor]:
+        members = (index for index, spec in enumerate(plan.parameters) if spec.group == group)
+        return [self._parameter(index) for index in members]
+
+    def _parameter(self, index: int) -> torch.Tensor:
+        bucket, position = self._views[index]
+        return bucket.parameter_views[position]
+
+    def begin(self, step: int, samples: int, hyperparameters: Sequence[Hyperparameters]) -> None:
+        """Take the step's hyperparameters; without samples nothing will be applied."""
+        self._samples = samples
+        for group, index in zip(self._optimizer.param_groups, self._indices, strict=True):
+            group.update(
+                local_hyperparameters(self._spec.name, hyperparameters[index], group["params"])
+            )
+
+    def submit(self, bucket: Bucket, step: int) -> None:
+        """Give torch the bucket's gradients."""
+        for parameter, gradient, present in zip(
+            bucket.parameter_views, bucket.gradient_views, bucket.present, strict=True
+        ):
+            parameter.grad = gradient if present else None
+
+    def settle(self, step: int) -> Outcome:
+        """Apply the update."""
+        if self._samples:
+            if self._spec.max_grad_norm is not None:
+                views = [view for bucket in self._buckets for view in bucket.parameter_views]
+                torch.nn.utils.clip_grad_norm_(views, self._spec.max_grad_norm)
+            self._optimizer.step()
+        for bucket in self._buckets:
+            bucket.accept()
+        return Outcome(version=step + 1, applied=self._samples > 0, staleness=0)
+
+    def close(self, failure: str = "") -> None:
+        """Nothing to leave."""
+
+    def idle(self, step: int) -> None:
+        """Nobody waits."""
+
+    def meet(
+        self, purpose: Purpose, step: int, values: Sequence[float] = (), weight: float = 1.0
+    ) -> Meeting:
+        """Alone: everybody has come."""
+        return Meeting(step, tuple(values), chosen=True)
+
+    def read_state(self) -> StateByParameter:
+        """Copies of torch's state."""
+        return {
+            index: {
+                key: value.clone()
+                for key, value in self._optimizer.state[self._parameter(index)].items()
+                if isinstance(value, torch.Tensor)
+            }
+            for index in self._views
+        }
+
+    def write_state(self, state: StateByParameter) -> None:
+        """Replace torch's state with copies."""
+        for index, entries in state.items():
+            parameter = self._parameter(index)
+            self._optimizer.state[parameter] = {
+                key: value.to(parameter.device if value.dim() else value.device, copy=True)
+                for key, value in entries.items()
+            }

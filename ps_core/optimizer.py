@@ -1,0 +1,189 @@
+"""The torch.optim.Optimizer that a user holds: `step()` submits gradients and settles for
+parameters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+
+from ps_core.buckets import Bucket
+from ps_core.errors import NonFiniteError, UsageError
+from ps_core.exchange import Exchange, OptimizerState, Outcome, Peers, Purpose
+from ps_core.optim_spec import read_groups
+from ps_core.plan import Plan
+
+
+class JobExchange(Exchange, Peers, OptimizerState, Protocol):
+    """All three seams, which every strategy implements in one class."""
+
+
+class StepObserver(Protocol):
+    """Whoever prepares, counts and times steps."""
+
+    def before_step(self) -> None:
+        """The gradients are complete, the exchange has not begun. May wait for other workers."""
+        ...
+
+    def take_samples(self) -> int:
+        """How many samples stand behind the gradients."""
+        ...
+
+    def after_step(self, outcome: Outcome, samples: int, exchange_seconds: float) -> None:
+        """The parameters are those of `outcome.version`."""
+        ...
+
+
+class ExchangeOptimizer(torch.optim.Optimizer):
+    """Takes the place of the user's optimizer, whose parameter groups it shares; updates happen in
+    the exchange.
+
+    `state` stays empty: the state lives where the parameters are updated, and `state_dict()`
+    gathers it.
+    """
+
+    _step_supports_amp_scaling = (
+        True  # a GradScaler leaves the unscaling, and skipping on overflow, to step()
+    )
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        plan: Plan,
+        buckets: Sequence[Bucket],
+        exchange: JobExchange,
+        observer: StepObserver,
+        *,
+        first_step: int,
+        nonfinite: Literal["error", "skip"],
+    ) -> None:
+        """`buckets` hold the trained parameters of `inner` as `plan` says; the exchange has been
+        joined.
+        """
+        self._frozen = False
+        super().__init__(inner.param_groups, inner.defaults)
+        self._frozen = True
+        self._inner = inner
+        self.param_groups = inner.param_groups
+        self._plan = plan
+        self._buckets = buckets
+        self._exchange = exchange
+        self._observer = observer
+        self._nonfinite = nonfinite
+        self.next_step = first_step
+        """The step that the next call of `step()` takes; the version of the parameters held."""
+        self.num_skipped = 0
+        """Steps this worker abstained from because its gradients were not finite."""
+        members = [p for group in inner.param_groups for p in group["params"]]
+        self._untrained = [p for p in members if not p.requires_grad]
+        self._torch_indices = [i for i, p in enumerate(members) if p.requires_grad]
+        """Plan index → position among all parameters of the groups, which is how torch's state_dict
+        counts.
+        """
+
+    def step(  # type: ignore[override]  # returns no loss, since it takes no closure
+        self, closure: Callable[[], float] | None = None, *, samples: int | None = None
+    ) -> None:
+        """Exchange the gradients for the next version of the parameters. Blocks until it is here.
+
+        `samples`: how many samples the gradients are the mean of, their weight in the average over
+        workers. By default what `session.loader` has yielded since the last step; with other data
+        loading every worker weighs the same, which is exact for mean-reduced losses of equal
+        batches.
+        """
+        if closure is not None:
+            raise UsageError(
+                "step(closure) is not supported: compute the loss and gradients before step()"
+            )
+        if samples is not None and samples < 1:
+            raise UsageError(f"step(samples={samples}): a step needs at least one sample")
+        self._observer.before_step()
+        self._check_parameters()
+        taken = self._observer.take_samples()
+        started = time.perf_counter()
+        weight = (samples or taken) if self._collect() else 0
+        self._exchange.begin(self.next_step, weight, read_groups(self))
+        if weight:
+            for bucket in reversed(self._buckets):
+                self._exchange.submit(bucket, self.next_step)
+        outcome = self._exchange.settle(self.next_step)
+        self.next_step = outcome.version
+        self.num_skipped += not weight
+        self._observer.after_step(outcome, weight, time.perf_counter() - started)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once training has begun: the shards hold a fixed set of parameters."""
+        if self._frozen:
+            raise UsageError(
+                "add_param_group cannot be used mid-run: give all parameters to the optimizer "
+                "before session.optimizer(...)"
+            )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's own format, gathered from where the state lives. Any one worker may call it,
+        between its steps.
+        """
+        packed = super().state_dict()
+        state = self._exchange.read_state()
+        packed["state"] = {
+            self._torch_indices[index]: dict(entries) for index, entries in state.items() if entries
+        }
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Accepts what `state_dict()` of this or of the plain torch optimizer gave. Call it on
+        every worker.
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        self._inner.param_groups = self.param_groups
+        indices = {position: index for index, position in enumerate(self._torch_indices)}
+        state = {
+            indices[int(key)]: {
+                name: value for name, value in entries.items() if isinstance(value, torch.Tensor)
+            }
+            for key, entries in state_dict["state"].items()
+        }
+        self._exchange.write_state(state)
+        self._exchange.meet(Purpose.LOAD, self.next_step)
+
+    def _collect(self) -> bool:
+        """Fill the buckets; False: this worker abstains from the step."""
+        scale: torch.Tensor | None = getattr(self, "grad_scale", None)
+        factor = 1.0 if scale is None else 1.0 / float(scale)
+        for bucket in self._buckets:
+            bucket.collect(factor)
+        if float(getattr(self, "found_inf", 0.0)):
+            return False
+        for bucket in self._buckets:
+            placement = bucket.first_nonfinite()
+            if placement is not None:
+                if self._nonfinite == "skip":
+                    return False
+                name = self._plan.parameters[placement.parameter].name
+                raise NonFiniteError(
+                    f"the gradient of {name} holds NaN or infinity at step {self.next_step}: "
+                    "lower the learning rate, clip the "
+                    "gradients, or set worker.nonfinite to skip"
+                )
+        return True
+
+    def _check_parameters(self) -> None:
+        for bucket in self._buckets:
+            placement = bucket.changed()
+            if placement is not None:
+                name = self._plan.parameters[placement.parameter].name
+                raise UsageError(
+                    f"parameter {name} was changed between steps: the shards hold the parameters, "
+                    "so the change would be lost. "
+                    "Load or initialise the model before session.optimizer(...)"
+                )
+        if any(parameter.requires_grad for parameter in self._untrained):
+            raise UsageError(
+                "a frozen parameter was unfrozen mid-run: the shards hold a fixed set of "
+                "parameters, so set "
+                "requires_grad before session.optimizer(...)"
+            )

@@ -1,0 +1,175 @@
+"""Which shard holds which elements: a pure function of the model, the same on every side.
+
+A *bucket* is a flat run of parameters of one group and dtype. Every parameter starts at a multiple
+of 64 elements in its bucket (the gaps are never trained), so a cut at a multiple of 64 is also one
+from the start of each tensor: vector kernels then round the same way as on the whole tensor. A
+*part* is a piece of a bucket, the unit that travels and is updated. A *slice* is the piece of one
+parameter in a part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+ALIGNMENT = 64
+"""Elements. Parameters start, and parts are cut, at multiples of this."""
+
+_BYTE_ALIGNMENT = ALIGNMENT * 8
+"""A part of a multiple of this many bytes is whole multiples of 64 elements in every dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """A trained parameter: its name in the model, and the optimizer's group it belongs to."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    group: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a parameter lies in its bucket, in elements."""
+
+    parameter: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class BucketLayout:
+    """A flat buffer and the parameters in it; `length` in elements, a multiple of 64."""
+
+    index: int
+    group: int
+    dtype: torch.dtype
+    length: int
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Elements `start … start + length` of a parameter, at `offset` in the part."""
+
+    parameter: int
+    start: int
+    length: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Elements `start … start + length` of a bucket, held by one shard."""
+
+    index: int
+    shard: int
+    bucket: int
+    group: int
+    dtype: torch.dtype
+    start: int
+    length: int
+    slices: tuple[Slice, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.length * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole placement. Two sides agree exactly when their fingerprints are equal."""
+
+    parameters: tuple[ParameterSpec, ...]
+    buckets: tuple[BucketLayout, ...]
+    parts: tuple[Part, ...]
+    num_shards: int
+    fingerprint: str
+
+    def parts_of_shard(self, shard: int) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.shard == shard)
+
+    def parts_of_bucket(self, bucket: int) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.bucket == bucket)
+
+
+def make_plan(
+    parameters: Sequence[ParameterSpec], num_shards: int, part_bytes: int, bucket_bytes: int
+) -> Plan:
+    """Lay out `parameters` over `num_shards`.
+
+    Parts hold at most `part_bytes` (a multiple of 512), fewer when a small model would otherwise
+    leave a shard empty. Buckets hold at most `bucket_bytes`, unless a single parameter is larger.
+    The bytes of any two shards differ by at most one part.
+    """
+    buckets = tuple(_fill_buckets(parameters, bucket_bytes))
+    total_bytes = sum(bucket.length * bucket.dtype.itemsize for bucket in buckets)
+    fair_share = _round_up(math.ceil(total_bytes / num_shards), _BYTE_ALIGNMENT)
+    parts = _assign(buckets, min(part_bytes, fair_share), num_shards)
+    return Plan(tuple(parameters), buckets, parts, num_shards, _fingerprint(buckets, parts))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _fill_buckets(parameters: Sequence[ParameterSpec], bucket_bytes: int) -> Iterator[BucketLayout]:
+    kinds = dict.fromkeys((spec.group, spec.dtype) for spec in parameters)
+    index = 0
+    for group, dtype in kinds:
+        placements: list[Placement] = []
+        length = 0
+        for number, spec in enumerate(parameters):
+            if (spec.group, spec.dtype) != (group, dtype):
+                continue
+            padded = _round_up(spec.num_elements, ALIGNMENT)
+            if placements and (length + padded) * dtype.itemsize > bucket_bytes:
+                yield BucketLayout(index, group, dtype, length, tuple(placements))
+                index, placements, length = index + 1, [], 0
+            placements.append(Placement(number, length, spec.num_elements))
+            length += padded
+        yield BucketLayout(index, group, dtype, length, tuple(placements))
+        index += 1
+
+
+def _assign(buckets: Sequence[BucketLayout], part_bytes: int, num_shards: int) -> tuple[Part, ...]:
+    """Cut buckets into parts and give each to the shard with the fewest bytes so far.
+
+    The least loaded shard never ends up more than this one part above any other, which keeps the
+    difference between any two shards within one part.
+    """
+    loads = [0] * num_shards
+    parts: list[Part] = []
+    for bucket in buckets:
+        step = part_bytes // bucket.dtype.itemsize
+        for start in range(0, bucket.length, step):
+            length = min(step, bucket.length - start)
+            shard = loads.index(min(loads))
+            slices = tuple(_slices(bucket, start, length))
+            part = Part(
+                len(parts), shard, bucket.index, bucket.group, bucket.dtype, start, length, slices
+            )
+            parts.append(part)
+            loads[shard] += part.num_bytes
+    return tuple(parts)
+
+
+def _slices(bucket: BucketLayout, start: int, length: int) -> Iterator[Slice]:
+    for placement in bucket.placements:
+        first = max(placement.offset, start)
+        last = min(placement.offset + placement.length, start + length)
+        if first < last:
+            yield Slice(placement.parameter, first - placement.offset, last - first, first - start)
+
+
+def _fingerprint(buckets: Sequence[BucketLayout], parts: Sequence[Part]) -> str:
+    return hashlib.sha256(repr((buckets, parts)).encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""Tensors as bytes: the element types of the wire, and views between the two without a copy."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ps_core.errors import ProtocolError, UsageError
+from ps_core.v1 import tensor_pb2
+
+_DTYPES: Mapping[torch.dtype, tensor_pb2.DataType] = {
+    torch.float64: tensor_pb2.DATA_TYPE_FLOAT64,
+    torch.float32: tensor_pb2.DATA_TYPE_FLOAT32,
+    torch.bfloat16: tensor_pb2.DATA_TYPE_BFLOAT16,
+    torch.float16: tensor_pb2.DATA_TYPE_FLOAT16,
+    torch.int64: tensor_pb2.DATA_TYPE_INT64,
+    torch.int32: tensor_pb2.DATA_TYPE_INT32,
+    torch.int16: tensor_pb2.DATA_TYPE_INT16,
+    torch.int8: tensor_pb2.DATA_TYPE_INT8,
+    torch.uint8: tensor_pb2.DATA_TYPE_UINT8,
+    torch.bool: tensor_pb2.DATA_TYPE_BOOL,
+}
+_NAMES: Mapping[int, torch.dtype] = {number: dtype for dtype, number in _DTYPES.items()}
+
+TRAINABLE = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+"""Element types a shard can hold."""
+
+with warnings.catch_warnings():
+    # torch warns once per process that writing to a tensor over `bytes` is undefined: nobody does.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous host tensor, without a copy; valid as long as the tensor is."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # arrays are buffers; numpy says so from Python 3.12 on
+
+
+def tensor_of(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor over `data`, without a copy; never write to it. Raises ProtocolError when the size
+    is wrong.
+    """
+    expected = math.prod(shape) * dtype.itemsize
+    if len(data) != expected:
+        raise ProtocolError(
+            f"{len(data)} bytes where {expected} are needed for {dtype}{list(shape)}"
+        )
+    try:
+        if not data:
+            return torch.empty(tuple(shape), dtype=dtype)
+        return torch.frombuffer(data, dtype=dtype).view(tuple(shape))
+    except RuntimeError as error:  # negative sizes, or strides beyond 64 bits
+        raise ProtocolError(f"no tensor has the shape {list(shape)}") from error
+
+
+def to_wire(dtype: torch.dtype) -> tensor_pb2.DataType:
+    """The wire's number of a dtype. Raises UsageError for one that has none."""
+    if dtype not in _DTYPES:
+        raise UsageError(
+            f"tensors of {dtype} cannot be sent: convert to one of {sorted(map(str, _DTYPES))}"
+        )
+    return _DTYPES[dtype]
+
+
+def from_wire(number: int) -> torch.dtype:
+    """The dtype of the wire's number. Raises ProtocolError for an unknown one."""
+    if number not in _NAMES:
+        raise ProtocolError(f"unknown element type {number}")
+    return _NAMES[number]
+
+
+def spec_of(name: str, tensor: torch.Tensor) -> tensor_pb2.TensorSpec:
+    """Name, type and shape of a tensor."""
+    return tensor_pb2.TensorSpec(name=name, dtype=to_wire(tensor.dtype), shape=tensor.shape)

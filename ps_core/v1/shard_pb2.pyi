@@ -1,0 +1,335 @@
+from ps_core.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Purpose(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PURPOSE_UNSPECIFIED: _ClassVar[Purpose]
+    PURPOSE_START: _ClassVar[Purpose]
+    PURPOSE_EPOCH: _ClassVar[Purpose]
+    PURPOSE_MEAN: _ClassVar[Purpose]
+    PURPOSE_LOAD: _ClassVar[Purpose]
+    PURPOSE_CLOSE: _ClassVar[Purpose]
+
+class Content(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CONTENT_UNSPECIFIED: _ClassVar[Content]
+    CONTENT_PARAMETERS: _ClassVar[Content]
+    CONTENT_STATE: _ClassVar[Content]
+    CONTENT_BUFFERS: _ClassVar[Content]
+
+class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PHASE_UNSPECIFIED: _ClassVar[Phase]
+    PHASE_EMPTY: _ClassVar[Phase]
+    PHASE_STARTING: _ClassVar[Phase]
+    PHASE_TRAINING: _ClassVar[Phase]
+    PHASE_COMPLETE: _ClassVar[Phase]
+    PHASE_FAILED: _ClassVar[Phase]
+PURPOSE_UNSPECIFIED: Purpose
+PURPOSE_START: Purpose
+PURPOSE_EPOCH: Purpose
+PURPOSE_MEAN: Purpose
+PURPOSE_LOAD: Purpose
+PURPOSE_CLOSE: Purpose
+CONTENT_UNSPECIFIED: Content
+CONTENT_PARAMETERS: Content
+CONTENT_STATE: Content
+CONTENT_BUFFERS: Content
+PHASE_UNSPECIFIED: Phase
+PHASE_EMPTY: Phase
+PHASE_STARTING: Phase
+PHASE_TRAINING: Phase
+PHASE_COMPLETE: Phase
+PHASE_FAILED: Phase
+
+class WorkerId(_message.Message):
+    __slots__ = ("rank", "incarnation")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    incarnation: int
+    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
+
+class ParameterSpec(_message.Message):
+    __slots__ = ("tensor", "group")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    tensor: _tensor_pb2.TensorSpec
+    group: int
+    def __init__(self, tensor: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., group: _Optional[int] = ...) -> None: ...
+
+class RealList(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class HyperparameterValue(_message.Message):
+    __slots__ = ("real", "integer", "flag", "reals")
+    REAL_FIELD_NUMBER: _ClassVar[int]
+    INTEGER_FIELD_NUMBER: _ClassVar[int]
+    FLAG_FIELD_NUMBER: _ClassVar[int]
+    REALS_FIELD_NUMBER: _ClassVar[int]
+    real: float
+    integer: int
+    flag: bool
+    reals: RealList
+    def __init__(self, real: _Optional[float] = ..., integer: _Optional[int] = ..., flag: _Optional[bool] = ..., reals: _Optional[_Union[RealList, _Mapping]] = ...) -> None: ...
+
+class Hyperparameters(_message.Message):
+    __slots__ = ("values",)
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: HyperparameterValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[HyperparameterValue, _Mapping]] = ...) -> None: ...
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.MessageMap[str, HyperparameterValue]
+    def __init__(self, values: _Optional[_Mapping[str, HyperparameterValue]] = ...) -> None: ...
+
+class OptimizerSpec(_message.Message):
+    __slots__ = ("name", "groups", "max_grad_norm")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    groups: _containers.RepeatedCompositeFieldContainer[Hyperparameters]
+    max_grad_norm: float
+    def __init__(self, name: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[Hyperparameters, _Mapping]]] = ..., max_grad_norm: _Optional[float] = ...) -> None: ...
+
+class JobSpec(_message.Message):
+    __slots__ = ("protocol", "job_id", "num_workers", "num_shards", "parameters", "part_bytes", "bucket_bytes", "optimizer", "mode", "deterministic", "fingerprint")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    PART_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    job_id: str
+    num_workers: int
+    num_shards: int
+    parameters: _containers.RepeatedCompositeFieldContainer[ParameterSpec]
+    part_bytes: int
+    bucket_bytes: int
+    optimizer: OptimizerSpec
+    mode: str
+    deterministic: bool
+    fingerprint: str
+    def __init__(self, protocol: _Optional[int] = ..., job_id: _Optional[str] = ..., num_workers: _Optional[int] = ..., num_shards: _Optional[int] = ..., parameters: _Optional[_Iterable[_Union[ParameterSpec, _Mapping]]] = ..., part_bytes: _Optional[int] = ..., bucket_bytes: _Optional[int] = ..., optimizer: _Optional[_Union[OptimizerSpec, _Mapping]] = ..., mode: _Optional[str] = ..., deterministic: _Optional[bool] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
+class JoinRequest(_message.Message):
+    __slots__ = ("worker", "shard", "job", "pid", "host", "expected_shard_incarnation")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_SHARD_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    worker: WorkerId
+    shard: int
+    job: JobSpec
+    pid: int
+    host: str
+    expected_shard_incarnation: int
+    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., shard: _Optional[int] = ..., job: _Optional[_Union[JobSpec, _Mapping]] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., expected_shard_incarnation: _Optional[int] = ...) -> None: ...
+
+class JoinResponse(_message.Message):
+    __slots__ = ("shard_incarnation", "gives_initial_values")
+    SHARD_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    GIVES_INITIAL_VALUES_FIELD_NUMBER: _ClassVar[int]
+    shard_incarnation: int
+    gives_initial_values: bool
+    def __init__(self, shard_incarnation: _Optional[int] = ..., gives_initial_values: _Optional[bool] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("worker",)
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    worker: WorkerId
+    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ...) -> None: ...
+
+class Begin(_message.Message):
+    __slots__ = ("step", "epoch", "samples", "groups")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    epoch: int
+    samples: int
+    groups: _containers.RepeatedCompositeFieldContainer[Hyperparameters]
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., samples: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[Hyperparameters, _Mapping]]] = ...) -> None: ...
+
+class Idle(_message.Message):
+    __slots__ = ("step",)
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    def __init__(self, step: _Optional[int] = ...) -> None: ...
+
+class Meet(_message.Message):
+    __slots__ = ("purpose", "step", "values", "weight")
+    PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    purpose: Purpose
+    step: int
+    values: _containers.RepeatedScalarFieldContainer[float]
+    weight: float
+    def __init__(self, purpose: _Optional[_Union[Purpose, str]] = ..., step: _Optional[int] = ..., values: _Optional[_Iterable[float]] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class Met(_message.Message):
+    __slots__ = ("step", "epoch", "means", "chosen")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MEANS_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    epoch: int
+    means: _containers.RepeatedScalarFieldContainer[float]
+    chosen: bool
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., means: _Optional[_Iterable[float]] = ..., chosen: _Optional[bool] = ...) -> None: ...
+
+class ExchangeRequest(_message.Message):
+    __slots__ = ("hello", "begin", "part", "idle", "meet")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    IDLE_FIELD_NUMBER: _ClassVar[int]
+    MEET_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    begin: Begin
+    part: _tensor_pb2.Part
+    idle: Idle
+    meet: Meet
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., part: _Optional[_Union[_tensor_pb2.Part, _Mapping]] = ..., idle: _Optional[_Union[Idle, _Mapping]] = ..., meet: _Optional[_Union[Meet, _Mapping]] = ...) -> None: ...
+
+class ExchangeResponse(_message.Message):
+    __slots__ = ("part", "met")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    MET_FIELD_NUMBER: _ClassVar[int]
+    part: _tensor_pb2.Part
+    met: Met
+    def __init__(self, part: _Optional[_Union[_tensor_pb2.Part, _Mapping]] = ..., met: _Optional[_Union[Met, _Mapping]] = ...) -> None: ...
+
+class LoadRequest(_message.Message):
+    __slots__ = ("hello", "part", "state", "buffer")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    BUFFER_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    part: _tensor_pb2.Part
+    state: _tensor_pb2.StateTensor
+    buffer: _tensor_pb2.TensorChunk
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., part: _Optional[_Union[_tensor_pb2.Part, _Mapping]] = ..., state: _Optional[_Union[_tensor_pb2.StateTensor, _Mapping]] = ..., buffer: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+
+class LoadResponse(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("worker", "content")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    worker: WorkerId
+    content: Content
+    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., content: _Optional[_Union[Content, str]] = ...) -> None: ...
+
+class PullResponse(_message.Message):
+    __slots__ = ("version", "part", "state", "buffer")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    BUFFER_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    part: _tensor_pb2.Part
+    state: _tensor_pb2.StateTensor
+    buffer: _tensor_pb2.TensorChunk
+    def __init__(self, version: _Optional[int] = ..., part: _Optional[_Union[_tensor_pb2.Part, _Mapping]] = ..., state: _Optional[_Union[_tensor_pb2.StateTensor, _Mapping]] = ..., buffer: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("worker", "pid", "host", "clock", "staleness", "received_bytes", "sent_bytes", "received_bytes_per_second", "state")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    worker: WorkerId
+    pid: int
+    host: str
+    clock: int
+    staleness: int
+    received_bytes: int
+    sent_bytes: int
+    received_bytes_per_second: float
+    state: str
+    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., clock: _Optional[int] = ..., staleness: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes_per_second: _Optional[float] = ..., state: _Optional[str] = ...) -> None: ...
+
+class DescribeResponse(_message.Message):
+    __slots__ = ("shard", "incarnation", "pid", "host", "release", "job_id", "phase", "reason", "version", "num_parts", "parameter_bytes", "updates_per_second", "workers", "uptime_seconds")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARTS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    shard: int
+    incarnation: int
+    pid: int
+    host: str
+    release: str
+    job_id: str
+    phase: Phase
+    reason: str
+    version: int
+    num_parts: int
+    parameter_bytes: int
+    updates_per_second: float
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
+    uptime_seconds: float
+    def __init__(self, shard: _Optional[int] = ..., incarnation: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., release: _Optional[str] = ..., job_id: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., reason: _Optional[str] = ..., version: _Optional[int] = ..., num_parts: _Optional[int] = ..., parameter_bytes: _Optional[int] = ..., updates_per_second: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., uptime_seconds: _Optional[float] = ...) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ("worker", "failure")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    worker: WorkerId
+    failure: str
+    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., failure: _Optional[str] = ...) -> None: ...
+
+class LeaveResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
