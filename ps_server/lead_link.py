@@ -1,0 +1,94 @@
+"""The other shards' stream to the lead: orders come down it, squares and failures go up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator
+
+import grpc
+
+from ps_core.config import RpcConfig
+from ps_core.errors import JobFailedError, ShardlineError, ShardUnreachableError, error_from
+from ps_core.rpc import LEAD_SERVICE, open_async_channel, stream_stream
+from ps_core.v1 import lead_pb2
+from ps_server.lead import Failed
+from ps_server.node import Node
+from ps_server.office import decode_order
+from ps_server.shard import Squares
+
+log = logging.getLogger(__name__)
+
+
+class LeadLink:
+    """Keeps one stream to the lead open, and ends the node when that is impossible."""
+
+    def __init__(self, node: Node, address: str, config: RpcConfig) -> None:
+        self._node = node
+        self._address = address
+        self._config = config
+        self._outgoing: asyncio.Queue[lead_pb2.ControlRequest] = asyncio.Queue()
+        self._squares: lead_pb2.ControlRequest | None = None
+        self._lead_incarnation = 0
+
+    def report(self, message: Squares | Failed) -> None:
+        """Tell the lead. Does not block."""
+        if isinstance(message, Squares):
+            squares = lead_pb2.Squares(step=message.step, total=message.total)
+            request = self._squares = lead_pb2.ControlRequest(squares=squares)
+        else:
+            failure = lead_pb2.Failure(reason=message.reason)
+            request = lead_pb2.ControlRequest(failure=failure)
+        self._outgoing.put_nowait(request)
+
+    async def run(self) -> None:
+        """Serve the link until the node has ended; when the lead cannot be reached in time, end the
+        node.
+        """
+        patience = self._config.connect_timeout_seconds
+        async with open_async_channel(self._address, self._config) as channel:
+            while not self._node.ended.is_set():
+                try:
+                    await asyncio.wait_for(channel.channel_ready(), patience)
+                    await self._serve(channel)
+                except TimeoutError:
+                    self._give_up(patience)
+                except grpc.aio.AioRpcError as error:
+                    self._handle(error_from(error.code(), error.details() or ""))
+                patience = self._config.reconnect_seconds
+                await asyncio.sleep(random.uniform(0.05, 0.25))  # noqa: S311 - jitter, not a secret
+
+    async def _serve(self, channel: grpc.aio.Channel) -> None:
+        call = stream_stream(channel, LEAD_SERVICE, "Control")(self._requests())
+        async for message in call:
+            if message.HasField("welcome"):
+                self._lead_incarnation = message.welcome.lead_incarnation
+            order = decode_order(message)
+            if order is not None:
+                self._node.obey(order)
+
+    async def _requests(self) -> AsyncIterator[lead_pb2.ControlRequest]:
+        hello = lead_pb2.ShardHello(
+            shard=self._node.index,
+            incarnation=self._node.incarnation,
+            expected_lead_incarnation=self._lead_incarnation,
+        )
+        yield lead_pb2.ControlRequest(hello=hello)
+        if self._squares is not None:
+            yield self._squares  # the last stream may have broken under it; the lead knows repeats
+        while True:
+            yield await self._outgoing.get()
+
+    def _handle(self, error: ShardlineError) -> None:
+        if isinstance(error, ShardUnreachableError):
+            log.warning("the stream to the lead broke (%s): opening it again", error)
+        else:
+            self._node.end(error)
+
+    def _give_up(self, patience: float) -> None:
+        self._node.end(
+            JobFailedError(
+                f"the lead (shard 0 at {self._address}) could not be reached for {patience:g} s"
+            )
+        )

@@ -1,0 +1,111 @@
+"""One shard process: everything is put together here, and taken apart in the reverse order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+
+import torch
+from google.protobuf.descriptor import ServiceDescriptor
+
+from ps_core.config import Config, listen_address, shard_address
+from ps_core.metrics import ShardMetrics, start_endpoint
+from ps_core.rpc import LEAD_SERVICE, SHARD_SERVICE, build_server
+from ps_server.lead import Failed
+from ps_server.lead_link import LeadLink
+from ps_server.node import Node
+from ps_server.office import Office
+from ps_server.service import LeadService, ShardService
+from ps_server.shard import Squares
+
+log = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.25
+
+
+def serve(config: Config, announce: Callable[[str], None]) -> None:
+    """Run one shard until its job is complete or it is told to stop. Blocks.
+
+    `announce` is called once, with the address and the metrics URL, when the shard takes calls.
+    Raises JobFailedError when the job failed, ConfigError when a port cannot be bound.
+    """
+    torch.set_num_threads(config.worker.threads or 1)
+    endpoint = start_endpoint(config.metrics.host, config.metrics.port)
+    try:
+        asyncio.run(_serve(config, announce, endpoint.url if endpoint else "none"))
+    finally:
+        if endpoint:
+            endpoint.close()
+
+
+async def _serve(config: Config, announce: Callable[[str], None], metrics_url: str) -> None:
+    metrics = ShardMetrics(config.server.index, config.consistency.mode)
+    node = Node(config, secrets.randbits(63) + 1, metrics)
+    servicers: list[tuple[ServiceDescriptor, object]] = [
+        (SHARD_SERVICE, ShardService(node, metrics))
+    ]
+    if config.server.index == 0:
+        node.office = Office(
+            node.incarnation, config.rpc.reconnect_seconds, node.obey, node.answer_meeting
+        )
+        node.report = _report_to(node.office)
+        servicers.append((LEAD_SERVICE, LeadService(node.office, metrics)))
+    server = build_server(listen_address(config), servicers)
+    _stop_on_signals(node)
+    async with _background(_tick(node)), _link_to_lead(node, config):
+        await server.start()
+        announce(f"shard {node.index} listens on port {server.port}, metrics at {metrics_url}")
+        await node.ended.wait()
+        await server.drain(config.rpc.drain_seconds)
+    if node.failure is not None and not node.stopped:
+        raise node.failure
+
+
+def _report_to(office: Office) -> Callable[[Squares | Failed], None]:
+    def report(message: Squares | Failed) -> None:
+        if isinstance(message, Squares):
+            office.squares(0, message.step, message.total)
+        else:
+            office.fail(message.reason)
+
+    return report
+
+
+async def _tick(node: Node) -> None:
+    while True:
+        await asyncio.sleep(_TICK_SECONDS)
+        node.tick()
+
+
+@contextlib.asynccontextmanager
+async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Run `work` beside the block, and cancel it at the end."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def _link_to_lead(node: Node, config: Config) -> contextlib.AbstractAsyncContextManager[None]:
+    if node.office is not None:
+        return contextlib.nullcontext()
+    link = LeadLink(node, shard_address(config, 0), config.rpc)
+    node.report = link.report
+    return _background(link.run())
+
+
+def _stop_on_signals(node: Node) -> None:
+    def stop() -> None:
+        log.info("shard %d was told to stop", node.index)
+        node.stop()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)

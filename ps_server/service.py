@@ -1,0 +1,146 @@
+"""gRPC handlers: decode, one call, encode. Method names are those of the protos."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from ps_core.errors import ProtocolError, ShardlineError, status_of
+from ps_core.metrics import ShardMetrics
+from ps_core.v1 import lead_pb2, shard_pb2
+from ps_server import status
+from ps_server.node import Node
+from ps_server.office import Office
+from ps_server.outbox import Outbox
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Callable[[Any, Any, Context], Awaitable[Any]]
+
+
+def _translated(handler: Handler) -> Handler:
+    """A handler whose ShardlineErrors end the call with their status."""
+
+    @functools.wraps(handler)
+    async def translated(self: Any, request: Any, context: Context) -> Any:
+        try:
+            return await handler(self, request, context)
+        except ShardlineError as error:
+            self.metrics.refused(error)
+            await context.abort(status_of(error), str(error))
+
+    return translated
+
+
+async def _send_all(outbox: Outbox, context: Context) -> None:
+    """Write an outbox to a stream until it finishes. Raises the error it was failed with."""
+    while (message := await outbox.get()) is not None:
+        await context.write(message)
+
+
+async def _run_both(reading: Awaitable[None], outbox: Outbox, context: Context) -> None:
+    """Read and write one stream until the peer has finished or either side fails."""
+    writer = asyncio.ensure_future(_send_all(outbox, context))
+    reader = asyncio.ensure_future(reading)
+    try:
+        done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in (reader, writer):
+            task.cancel()
+        await asyncio.gather(reader, writer, return_exceptions=True)
+
+
+async def _first(requests: AsyncIterator[Any], field: str) -> Any:
+    """The given field of a stream's first message. Raises ProtocolError."""
+    async for request in requests:
+        if request.WhichOneof("message") == field:
+            return getattr(request, field)
+        break
+    raise ProtocolError(f"the first message of the stream must be {field}")
+
+
+class ShardService:
+    """The workers' side."""
+
+    def __init__(self, node: Node, metrics: ShardMetrics) -> None:
+        self.metrics = metrics
+        self._node = node
+
+    @_translated
+    async def Join(
+        self, request: shard_pb2.JoinRequest, context: Context
+    ) -> shard_pb2.JoinResponse:
+        return self._node.join(request)
+
+    @_translated
+    async def Exchange(
+        self, requests: AsyncIterator[shard_pb2.ExchangeRequest], context: Context
+    ) -> None:
+        hello: shard_pb2.Hello = await _first(requests, "hello")
+        rank, outbox = self._node.open_stream(hello.worker)
+        try:
+            await _run_both(self._receive(rank, requests), outbox, context)
+        finally:
+            self._node.close_stream(rank, outbox)
+
+    async def _receive(self, rank: int, requests: AsyncIterator[shard_pb2.ExchangeRequest]) -> None:
+        async for request in requests:
+            self._node.receive(rank, request)
+
+    @_translated
+    async def Load(
+        self, requests: AsyncIterator[shard_pb2.LoadRequest], context: Context
+    ) -> shard_pb2.LoadResponse:
+        hello: shard_pb2.Hello = await _first(requests, "hello")
+        self._node.identify(hello.worker)
+        async for request in requests:
+            self._node.load(request)
+        return shard_pb2.LoadResponse(version=self._node.version)
+
+    @_translated
+    async def Pull(self, request: shard_pb2.PullRequest, context: Context) -> None:
+        self._node.identify(request.worker)
+        for response in self._node.read(request.content):
+            await context.write(response)
+
+    @_translated
+    async def Describe(
+        self, request: shard_pb2.DescribeRequest, context: Context
+    ) -> shard_pb2.DescribeResponse:
+        return status.describe(self._node)
+
+    @_translated
+    async def Leave(
+        self, request: shard_pb2.LeaveRequest, context: Context
+    ) -> shard_pb2.LeaveResponse:
+        self._node.leave(request)
+        return shard_pb2.LeaveResponse()
+
+
+class LeadService:
+    """The other shards' side of the lead."""
+
+    def __init__(self, office: Office, metrics: ShardMetrics) -> None:
+        self.metrics = metrics
+        self._office = office
+
+    @_translated
+    async def Control(
+        self, requests: AsyncIterator[lead_pb2.ControlRequest], context: Context
+    ) -> None:
+        hello: lead_pb2.ShardHello = await _first(requests, "hello")
+        outbox = self._office.open_control(hello)
+        try:
+            await _run_both(self._receive(hello.shard, requests), outbox, context)
+        finally:
+            self._office.close_control(hello.shard, outbox, time.monotonic())
+
+    async def _receive(self, shard: int, requests: AsyncIterator[lead_pb2.ControlRequest]) -> None:
+        async for request in requests:
+            self._office.receive_control(shard, request)

@@ -1,0 +1,59 @@
+"""What goes into a shard and out of it whole: initial parameters, optimizer state, the model's
+buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ps_core import codec
+from ps_core.errors import ProtocolError
+from ps_core.v1 import shard_pb2, tensor_pb2
+from ps_server.shard import Shard
+
+Buffers = dict[str, list[tensor_pb2.TensorChunk]]
+"""Name → the chunks of the tensor. The lead only keeps them: it has no use for their elements."""
+
+
+def load(shard: Shard, buffers: Buffers, request: shard_pb2.LoadRequest) -> None:
+    """Take one message of a load. Raises ProtocolError."""
+    match request.WhichOneof("message"):
+        case "part":
+            part = shard.part(request.part.part).part
+            shard.load(part.index, codec.decode_elements(request.part, part))
+        case "state":
+            _load_state(shard, request.state)
+        case "buffer":
+            chunk = request.buffer
+            if chunk.offset_bytes == 0:
+                buffers[chunk.spec.name] = []
+            buffers.setdefault(chunk.spec.name, []).append(chunk)
+        case other:
+            raise ProtocolError(f"{other} is not something to load")
+
+
+def _load_state(shard: Shard, message: tensor_pb2.StateTensor) -> None:
+    optimizer = shard.part(message.part).optimizer
+    optimizer.write_state(message.slice, message.spec.name, codec.decode_state(message))
+
+
+def read(shard: Shard, buffers: Buffers, content: int) -> Iterator[shard_pb2.PullResponse | bytes]:
+    """The version, then the values asked for. Raises ProtocolError."""
+    yield shard_pb2.PullResponse(version=shard.version)
+    match content:
+        case shard_pb2.CONTENT_PARAMETERS:
+            for index, state in shard.parts.items():
+                yield codec.encode_pulled(state.version, index, state.parameters)
+        case shard_pb2.CONTENT_STATE:
+            yield from _read_state(shard)
+        case shard_pb2.CONTENT_BUFFERS:
+            for chunks in buffers.values():
+                yield from (shard_pb2.PullResponse(buffer=chunk) for chunk in chunks)
+        case _:
+            raise ProtocolError(f"unknown content {content}")
+
+
+def _read_state(shard: Shard) -> Iterator[shard_pb2.PullResponse]:
+    for index, state in shard.parts.items():
+        for number, key, value in state.optimizer.read_state():
+            yield shard_pb2.PullResponse(state=codec.encode_state(index, number, key, value))
