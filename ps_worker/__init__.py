@@ -1,0 +1,1 @@
+"""A worker's side of the shards: the streams and the exchange over them."""

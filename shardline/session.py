@@ -1,0 +1,275 @@
+"""`shardline.connect()`: what a training script sees of the fleet."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from ps_core.buckets import make_buckets
+from ps_core.checkpoint import write_model
+from ps_core.config import Config, check_addresses, load
+from ps_core.errors import ShardlineError, UsageError
+from ps_core.exchange import Purpose
+from ps_core.local import LocalExchange
+from ps_core.metrics import Endpoint, WorkerMetrics, start_endpoint
+from ps_core.optim_spec import describe
+from ps_core.optimizer import ExchangeOptimizer, JobExchange
+from ps_core.plan import ParameterSpec, make_plan
+from ps_core.tensors import TRAINABLE
+from ps_worker.exchange import ParameterServerExchange
+from shardline.attendance import Attendance
+from shardline.journal import Journal
+from shardline.loader import Loader
+from shardline.records import Scalar
+from shardline.steps import Steps
+
+log = logging.getLogger("shardline")
+
+
+def connect(config: Path | str | None = None) -> Session:
+    """A session for this process, to be used in a `with` block.
+
+    Who takes part comes from a TOML file (`config`, or the one that SHARDLINE_CONFIG names) and
+    from SHARDLINE_* variables; with neither, this process trains alone. Seeds torch and random. A
+    wrong configuration ends the process with exit code 2.
+    """
+    with _exit_on_error():
+        settings = load(file=Path(config) if config else None)
+        check_addresses(settings)
+        return Session(settings)
+
+
+@contextlib.contextmanager
+def _exit_on_error() -> Iterator[None]:
+    """End the process with one clear line, as argparse does for wrong usage."""
+    try:
+        yield
+    except ShardlineError as error:
+        print(f"shardline: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the last word of the process
+        raise SystemExit(error.exit_code) from error
+
+
+class Session:
+    """One worker of a job, or a process that trains alone.
+
+    Leaving the `with` block well waits for all workers, then the chosen one writes the model. An
+    exception in the block fails the job for everybody. A ShardlineError that nobody catches inside
+    the block ends the process with its exit code.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Does not connect: that happens in `optimizer`."""
+        self.config = config
+        self.rank = config.cluster.rank
+        self.world_size = config.cluster.num_workers
+        self.seed = config.job.seed
+        self.device = _device(config.worker.device)
+        if config.worker.threads:
+            torch.set_num_threads(config.worker.threads)
+        torch.manual_seed(self.seed + self.rank)
+        random.seed(self.seed + self.rank)
+        self._endpoint: Endpoint | None = start_endpoint(config.metrics.host, config.metrics.port)
+        if self._endpoint:
+            log.info("metrics at %s", self._endpoint.url)
+        metrics = WorkerMetrics(self.rank, len(config.cluster.shards))
+        self.exchange: JobExchange = (
+            ParameterServerExchange(config, metrics) if config.cluster.shards else LocalExchange()
+        )
+        self._run_dir = Path(config.job.run_dir) if config.job.run_dir else None
+        self._journal = Journal(self._run_dir, self.rank, self.exchange.traffic)
+        self._attendance = Attendance()
+        self._steps = Steps(metrics, self._journal, self._attendance)
+        self._reported: dict[str, Scalar] = {}
+        self._model: torch.nn.Module | None = None
+
+    # -- The script's side -------------------------------------------------------------------------
+
+    def optimizer(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        *,
+        max_grad_norm: float | None = None,
+    ) -> ExchangeOptimizer:
+        """Join the job and return the optimizer to use instead of `optimizer`. Blocks until all
+        workers have joined.
+
+        `model` owns every parameter of `optimizer`; afterwards its parameters and buffers have the
+        job's initial values. With `max_grad_norm` the average over all workers is clipped to this
+        2-norm. Raises UsageError for what cannot run on shards, MismatchError when workers
+        disagree, ShardUnreachableError.
+        """
+        if self._model is not None:
+            raise UsageError("session.optimizer was called twice: a session trains one model")
+        spec = describe(optimizer, max_grad_norm)
+        parameters, specs = _trained(optimizer, model)
+        exchange = self.config.exchange
+        num_shards = max(1, len(self.config.cluster.shards))
+        plan = make_plan(specs, num_shards, exchange.part_bytes, exchange.bucket_bytes)
+        buckets = make_buckets(plan, parameters)
+        trained = {id(parameter) for parameter in parameters}
+        self._model = model
+        start = self.exchange.join(plan, buckets, spec, lambda: _extras(model, trained))
+        for bucket in buckets:
+            bucket.accept()
+        self._steps.watch(parameters)
+        shared = ExchangeOptimizer(
+            optimizer,
+            plan,
+            buckets,
+            self.exchange,
+            self._steps,
+            first_step=start.step,
+            nonfinite=self.config.worker.nonfinite,
+        )
+        self._attendance.bind(self.exchange, shared)
+        return shared
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """0 … count - 1. All workers meet after each, and then hold the same, newest parameters."""
+        for epoch in range(count):
+            self._steps.epoch = epoch
+            yield epoch
+            self._attendance.end_loop_body()
+
+    def loader(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int = 1,
+        *,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        **options: Any,
+    ) -> Loader:
+        """Batches of this worker's share of a map-style dataset; `options` go to torch's
+        DataLoader.
+
+        `batch_size` is per worker. All workers must create and iterate the same loaders in the same
+        order: for evaluation on one worker use a plain DataLoader. Raises UsageError.
+        """
+        return Loader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=self.rank,
+            world_size=self.world_size,
+            seed=self.seed,
+            attendance=self._attendance,
+            steps=self._steps,
+            options=options,
+        )
+
+    def mean(self, value: float | torch.Tensor, weight: float = 1.0) -> float:
+        """The weighted mean over all workers, which must all call this. Blocks until they have."""
+        if self.world_size > 1 and self._model is None:
+            raise UsageError(
+                "session.mean needs the other workers: call session.optimizer(...) first"
+            )
+        return self._attendance.meet(Purpose.MEAN, [float(value)], weight).means[0]
+
+    def log(self, **values: float | torch.Tensor) -> None:
+        """Show numbers live, keep them in `metrics.jsonl` and plot them."""
+        self._journal.log({name: float(value) for name, value in values.items()})
+
+    def report(self, **values: Scalar | torch.Tensor) -> None:
+        """Results of the run; those of rank 0 land in `summary.json`."""
+        for name, value in values.items():
+            self._reported[name] = value.item() if isinstance(value, torch.Tensor) else value
+
+    # -- The block ---------------------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with _exit_on_error():
+            try:
+                if error is None or (isinstance(error, SystemExit) and not error.code):
+                    self._finish()
+                else:
+                    self.exchange.close(_reason(error))
+            except BaseException as failure:
+                self.exchange.close(_reason(failure))
+                raise
+            finally:
+                self._attendance.release()
+                self._journal.close()
+                if self._endpoint:
+                    self._endpoint.close()
+            if isinstance(error, ShardlineError):
+                raise error
+
+    def _finish(self) -> None:
+        if self._model is not None:
+            meeting = self._attendance.meet(Purpose.CLOSE)
+            if meeting.chosen and self._run_dir is not None:
+                write_model(self._model, self._run_dir / "model.safetensors")
+        self._journal.end(self._steps.num_steps, self._reported)
+        self.exchange.close()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _trained(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module
+) -> tuple[list[torch.nn.Parameter], list[ParameterSpec]]:
+    """The parameters that the shards will hold, in the optimizer's order, and what they are."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters, specs = [], []
+    for group, entries in enumerate(optimizer.param_groups):
+        for parameter in entries["params"]:
+            if not parameter.requires_grad:
+                continue
+            specs.append(_spec(parameter, names.get(id(parameter)), group))
+            parameters.append(parameter)
+    if not parameters:
+        raise UsageError(
+            "the optimizer has no parameter that requires a gradient: there is nothing to train"
+        )
+    return parameters, specs
+
+
+def _spec(parameter: torch.nn.Parameter, name: str | None, group: int) -> ParameterSpec:
+    if name is None:
+        raise UsageError(
+            f"the optimizer has a parameter of shape {list(parameter.shape)} that the model does "
+            "not own: give "
+            "session.optimizer the module that holds all of them"
+        )
+    if parameter.dtype not in TRAINABLE or not parameter.numel():
+        raise UsageError(
+            f"parameter {name} is {parameter.dtype} with {parameter.numel()} elements: shards "
+            "hold non-empty "
+            "float64, float32, bfloat16 and float16 parameters"
+        )
+    return ParameterSpec(name, parameter.dtype, tuple(parameter.shape), group)
+
+
+def _extras(model: torch.nn.Module, trained: set[int]) -> Mapping[str, torch.Tensor]:
+    """Buffers and untrained parameters, which every worker has but no shard updates."""
+    extras = dict(model.named_buffers())
+    extras |= {name: p for name, p in model.named_parameters() if id(p) not in trained}
+    return extras
