@@ -29,6 +29,7 @@ def write_model(model: torch.nn.Module, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, temporary, metadata)
+        temporary.chmod(0o644)  # safetensors makes it readable by its owner only
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)

@@ -1,15 +1,18 @@
 """Between the project's own types and wire messages. Everything that is checked about a message's
 shape is here.
 
-Frames of the hot path are built by hand around their last field, so that the elements are copied
-once; the bytes are exactly those of the generated classes.
+Frames of the hot path are built and read by hand around their last field, so that the elements are
+copied once on the way out and never on the way in; the bytes are those of the generated classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from google.protobuf.message import DecodeError, Message
 
 from ps_core.errors import MismatchError, ProtocolError
 from ps_core.job import Job
@@ -25,7 +28,12 @@ _REQUEST_PART = shard_pb2.ExchangeRequest.PART_FIELD_NUMBER << 3 | 2
 _RESPONSE_PART = shard_pb2.ExchangeResponse.PART_FIELD_NUMBER << 3 | 2
 _LOAD_PART = shard_pb2.LoadRequest.PART_FIELD_NUMBER << 3 | 2
 _PULL_PART = shard_pb2.PullResponse.PART_FIELD_NUMBER << 3 | 2
+_STEP = tensor_pb2.Part.STEP_FIELD_NUMBER << 3
+_PART = tensor_pb2.Part.PART_FIELD_NUMBER << 3
+_PRESENT = tensor_pb2.Part.PRESENT_FIELD_NUMBER << 3 | 2
 _DATA = tensor_pb2.Part.DATA_FIELD_NUMBER << 3 | 2
+
+Parsed = TypeVar("Parsed", bound=Message)
 
 
 # -- Hot frames ------------------------------------------------------------------------------------
@@ -53,9 +61,68 @@ def encode_pulled(version: int, part: int, parameters: torch.Tensor) -> bytes:
     return _frame(_PULL_PART, tensor_pb2.Part(step=version, part=part), parameters)
 
 
-def decode_elements(message: tensor_pb2.Part, part: Part) -> torch.Tensor:
-    """The part's elements over the message's bytes: 1-D, not to be written to. Raises
-    ProtocolError.
+@dataclass(frozen=True, slots=True)
+class PartFrame:
+    """A Part as it was received; `data` is a view of the frame."""
+
+    step: int
+    part: int
+    present: bytes
+    data: memoryview
+
+
+def decode_request(frame: bytes) -> PartFrame | shard_pb2.ExchangeRequest:
+    """A message of a worker's stream, its elements not copied. Raises ProtocolError."""
+    return _parse_part(_REQUEST_PART, frame) or parse(shard_pb2.ExchangeRequest, frame)
+
+
+def decode_response(frame: bytes) -> PartFrame | shard_pb2.ExchangeResponse:
+    """A message of a shard's stream, its elements not copied. Raises ProtocolError."""
+    return _parse_part(_RESPONSE_PART, frame) or parse(shard_pb2.ExchangeResponse, frame)
+
+
+def parse(kind: type[Parsed], frame: bytes) -> Parsed:
+    """A message of a generated class. Raises ProtocolError for bytes that are none."""
+    try:
+        return kind.FromString(frame)
+    except DecodeError as error:
+        raise ProtocolError(f"{len(frame)} bytes that are no {kind.DESCRIPTOR.name}") from error
+
+
+def _parse_part(field: int, frame: bytes) -> PartFrame | None:
+    """The Part in a frame; None for another message, or a layout that needs the generated class."""
+    try:
+        size, at = _read_varint(frame, 1)
+        if frame[0] != field or at + size != len(frame):
+            return None
+        numbers, present = {_STEP: 0, _PART: 0}, b""
+        while True:
+            tag, (value, at) = frame[at], _read_varint(frame, at + 1)
+            if tag == _DATA and at + value == len(frame):
+                return PartFrame(numbers[_STEP], numbers[_PART], present, memoryview(frame)[at:])
+            if tag == _PRESENT:
+                present, at = frame[at : at + value], at + value
+            elif tag in numbers:
+                numbers[tag] = value
+            else:
+                return None
+    except IndexError:
+        return None
+
+
+def _read_varint(frame: bytes, at: int) -> tuple[int, int]:
+    """The number at a position, and the position after it. Raises IndexError past the end."""
+    value = shift = 0
+    while frame[at] > 0x7F:
+        value |= (frame[at] & 0x7F) << shift
+        shift, at = shift + 7, at + 1
+    return value | frame[at] << shift, at + 1
+
+
+def decode_elements(message: PartFrame | tensor_pb2.Part, part: Part) -> torch.Tensor:
+    """The part's elements over the message's bytes: 1-D, not to be written to.
+
+    Raises ProtocolError when their size is not the plan's.
     """
     data = message.data
     if len(data) != part.num_bytes:
@@ -65,7 +132,7 @@ def decode_elements(message: tensor_pb2.Part, part: Part) -> torch.Tensor:
     return tensor_of(data, part.dtype, (part.length,))
 
 
-def decode_present(message: tensor_pb2.Part, part: Part) -> tuple[bool, ...]:
+def decode_present(message: PartFrame | tensor_pb2.Part, part: Part) -> tuple[bool, ...]:
     """Which slices of the part have a gradient. Raises ProtocolError."""
     count = len(part.slices)
     packed = message.present

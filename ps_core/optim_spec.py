@@ -106,7 +106,12 @@ def build(
         {"params": list(tensors), **local_hyperparameters(spec.name, spec.groups[index], tensors)}
         for index, tensors in members
     ]
-    return OPTIMIZERS[spec.name](groups)  # type: ignore[call-arg]  # every class in the table takes groups alone
+    # As keywords too: torch checks only those, and Adagrad takes its initial accumulator from them.
+    # (The last one is no keyword of AdamW.)
+    keywords = {
+        key: groups[0][key] for key in groups[0].keys() - {"params", "decoupled_weight_decay"}
+    }
+    return OPTIMIZERS[spec.name](groups, **keywords)  # type: ignore[arg-type]  # keywords differ by class
 
 
 def local_hyperparameters(

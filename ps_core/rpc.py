@@ -68,12 +68,19 @@ def _serialize(message: Message | bytes) -> bytes:
     return message if isinstance(message, bytes) else message.SerializeToString()
 
 
-def _channel_options(config: RpcConfig) -> list[tuple[str, Any]]:
+def _keepalive(config: RpcConfig) -> list[tuple[str, int]]:
+    """Pings that find a peer which is gone or hangs without having closed its connection."""
     milliseconds = int(config.keepalive_seconds * 1000)
     return [
-        *_OPTIONS,
         ("grpc.keepalive_time_ms", milliseconds),
         ("grpc.keepalive_timeout_ms", milliseconds),
+    ]
+
+
+def _channel_options(config: RpcConfig) -> list[tuple[str, Any]]:
+    return [
+        *_OPTIONS,
+        *_keepalive(config),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_reconnect_backoff_ms", 2000),
         ("grpc.service_config", _RETRIES),
@@ -122,9 +129,9 @@ def stream_unary(channel: grpc.Channel, service: ServiceDescriptor, name: str) -
 def stream_stream(
     channel: grpc.Channel | grpc.aio.Channel, service: ServiceDescriptor, name: str
 ) -> Any:
-    """The callable of a bidirectional method."""
+    """The callable of a bidirectional method; its responses are bytes."""
     method = service.methods_by_name[name]
-    return channel.stream_stream(_path(method), **_codecs(method))
+    return channel.stream_stream(_path(method), request_serializer=_serialize)
 
 
 def _handler(method: MethodDescriptor, behaviour: Any) -> grpc.RpcMethodHandler[Any, Any]:
@@ -135,8 +142,7 @@ def _handler(method: MethodDescriptor, behaviour: Any) -> grpc.RpcMethodHandler[
         (True, True): grpc.stream_stream_rpc_method_handler,
     }
     make = factories[method.client_streaming, method.server_streaming]
-    request = GetMessageClass(method.input_type).FromString
-    return make(behaviour, request_deserializer=request, response_serializer=_serialize)
+    return make(behaviour, response_serializer=_serialize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +164,16 @@ class RpcServer:
         await self.server.stop(grace_seconds)
 
 
-def build_server(address: str, servicers: Sequence[tuple[ServiceDescriptor, object]]) -> RpcServer:
+def build_server(
+    address: str, servicers: Sequence[tuple[ServiceDescriptor, object]], config: RpcConfig
+) -> RpcServer:
     """A server with our services, health and reflection, bound but not started.
 
-    `servicers`: objects with one coroutine method per RPC, named as in the proto. Must be called on
-    the running event loop. Raises ConfigError when the address cannot be bound.
+    `servicers`: objects with one coroutine method per RPC, named as in the proto. They get requests
+    as bytes, so that what cannot be decoded is theirs to refuse. Must be called on the running
+    event loop. Raises ConfigError when the address cannot be bound.
     """
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    server = grpc.aio.server(options=[*_SERVER_OPTIONS, *_keepalive(config)])
     for descriptor, servicer in servicers:
         handlers = {m.name: _handler(m, getattr(servicer, m.name)) for m in descriptor.methods}
         server.add_generic_rpc_handlers(

@@ -40,7 +40,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # arrays are buffers; numpy says so from Python 3.12 on
 
 
-def tensor_of(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+def tensor_of(data: bytes | memoryview, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     """A tensor over `data`, without a copy; never write to it. Raises ProtocolError when the size
     is wrong.
     """

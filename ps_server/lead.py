@@ -179,7 +179,7 @@ class Lead:
         norm = sum(self._squares[index] for index in sorted(self._squares)) ** 0.5
         self._squares.clear()
         self._next_clip = step + 1
-        return [Factor(step, min(1.0, self.max_grad_norm / (norm + 1e-6)))]
+        return [Factor(step, min(self.max_grad_norm / (norm + 1e-6), 1.0))]
 
     def tick(self, now: float) -> list[Effect]:
         """Let time pass. Rule 1."""

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from ps_core.codec import parse
 from ps_core.config import RpcConfig
 from ps_core.errors import JobFailedError, ShardlineError, ShardUnreachableError, error_from
 from ps_core.rpc import LEAD_SERVICE, open_async_channel, stream_stream
@@ -61,7 +62,8 @@ class LeadLink:
 
     async def _serve(self, channel: grpc.aio.Channel) -> None:
         call = stream_stream(channel, LEAD_SERVICE, "Control")(self._requests())
-        async for message in call:
+        async for frame in call:
+            message = parse(lead_pb2.ControlResponse, frame)
             if message.HasField("welcome"):
                 self._lead_incarnation = message.welcome.lead_incarnation
             order = decode_order(message)

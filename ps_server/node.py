@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from ps_core import codec
+from ps_core.codec import PartFrame
 from ps_core.config import Config
 from ps_core.errors import (
     DataLossError,
@@ -132,8 +133,11 @@ class Node:
 
     # -- Steps -------------------------------------------------------------------------------------
 
-    def receive(self, rank: int, request: shard_pb2.ExchangeRequest) -> None:
+    def receive(self, rank: int, request: PartFrame | shard_pb2.ExchangeRequest) -> None:
         """One message of a worker's stream. Raises ShardlineError, which ends the stream."""
+        if isinstance(request, PartFrame):
+            self._push(rank, request)
+            return
         match request.WhichOneof("message"):
             case "part":
                 self._push(rank, request.part)
@@ -149,7 +153,7 @@ class Node:
             case other:
                 raise ProtocolError(f"worker {rank} sends {other} on an open stream")
 
-    def _push(self, rank: int, message: tensor_pb2.Part) -> None:
+    def _push(self, rank: int, message: PartFrame | tensor_pb2.Part) -> None:
         shard = self._joined_shard()
         part = shard.part(message.part).part
         gradient = codec.decode_elements(message, part)

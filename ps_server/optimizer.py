@@ -25,7 +25,7 @@ class PartOptimizer:
         self._ranges = [slice(s.offset, s.offset + s.length) for s in part.slices]
         try:
             self._optimizer = build(spec, [(part.group, self._slices)])
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, LookupError, RuntimeError) as error:
             raise MismatchError(
                 f"torch.optim.{spec.name} refuses its hyperparameters: {error}"
             ) from error

@@ -115,10 +115,10 @@ class PartState:
         ordered = [self._kept[rank] for rank in sorted(self._kept)]
         if len(ordered) < 2:
             return ordered[0].gradient if ordered else None
-        weight = 1 / sum(item.samples for item in ordered)
+        samples = sum(item.samples for item in ordered)
         total = self._total().zero_()
         for item in ordered:
-            total.add_(self._wide(item.gradient), alpha=item.samples * weight)
+            total.add_(self._wide(item.gradient), alpha=item.samples / samples)
         return total.to(self.part.dtype)
 
     def _total(self) -> torch.Tensor:

@@ -54,7 +54,7 @@ async def _serve(config: Config, announce: Callable[[str], None], metrics_url: s
         )
         node.report = _report_to(node.office)
         servicers.append((LEAD_SERVICE, LeadService(node.office, metrics)))
-    server = build_server(listen_address(config), servicers)
+    server = build_server(listen_address(config), servicers, config.rpc)
     _stop_on_signals(node)
     async with _background(_tick(node)), _link_to_lead(node, config):
         await server.start()

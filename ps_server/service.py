@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
+from ps_core.codec import PartFrame, decode_request, parse
 from ps_core.errors import ProtocolError, ShardlineError, status_of
 from ps_core.metrics import ShardMetrics
 from ps_core.v1 import lead_pb2, shard_pb2
@@ -22,18 +24,36 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Callable[[Any, Any, Context], Awaitable[Any]]
 
 
-def _translated(handler: Handler) -> Handler:
-    """A handler whose ShardlineErrors end the call with their status."""
+def _takes(decode: Callable[[bytes], Any]) -> Callable[[Handler], Handler]:
+    """Turns a handler of decoded requests into one of bytes, whose ShardlineErrors end the call."""
 
-    @functools.wraps(handler)
-    async def translated(self: Any, request: Any, context: Context) -> Any:
-        try:
-            return await handler(self, request, context)
-        except ShardlineError as error:
-            self.metrics.refused(error)
-            await context.abort(status_of(error), str(error))
+    def decorate(handler: Handler) -> Handler:
+        @functools.wraps(handler)
+        async def handle(self: Any, request: bytes | AsyncIterator[bytes], context: Context) -> Any:
+            try:
+                if isinstance(request, bytes):
+                    decoded = decode(request)
+                else:
+                    decoded = _decode_all(decode, request)
+                return await handler(self, decoded, context)
+            except ShardlineError as error:
+                self.metrics.refused(status_of(error).name)
+                await context.abort(status_of(error), str(error))
 
-    return translated
+        return handle
+
+    return decorate
+
+
+def _message(kind: type[Message]) -> Callable[[bytes], Message]:
+    return functools.partial(parse, kind)
+
+
+async def _decode_all(
+    decode: Callable[[bytes], Any], requests: AsyncIterator[bytes]
+) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield decode(request)
 
 
 async def _send_all(outbox: Outbox, context: Context) -> None:
@@ -59,7 +79,7 @@ async def _run_both(reading: Awaitable[None], outbox: Outbox, context: Context) 
 async def _first(requests: AsyncIterator[Any], field: str) -> Any:
     """The given field of a stream's first message. Raises ProtocolError."""
     async for request in requests:
-        if request.WhichOneof("message") == field:
+        if not isinstance(request, PartFrame) and request.WhichOneof("message") == field:
             return getattr(request, field)
         break
     raise ProtocolError(f"the first message of the stream must be {field}")
@@ -72,15 +92,15 @@ class ShardService:
         self.metrics = metrics
         self._node = node
 
-    @_translated
+    @_takes(_message(shard_pb2.JoinRequest))
     async def Join(
         self, request: shard_pb2.JoinRequest, context: Context
     ) -> shard_pb2.JoinResponse:
         return self._node.join(request)
 
-    @_translated
+    @_takes(decode_request)
     async def Exchange(
-        self, requests: AsyncIterator[shard_pb2.ExchangeRequest], context: Context
+        self, requests: AsyncIterator[PartFrame | shard_pb2.ExchangeRequest], context: Context
     ) -> None:
         hello: shard_pb2.Hello = await _first(requests, "hello")
         rank, outbox = self._node.open_stream(hello.worker)
@@ -89,11 +109,13 @@ class ShardService:
         finally:
             self._node.close_stream(rank, outbox)
 
-    async def _receive(self, rank: int, requests: AsyncIterator[shard_pb2.ExchangeRequest]) -> None:
+    async def _receive(
+        self, rank: int, requests: AsyncIterator[PartFrame | shard_pb2.ExchangeRequest]
+    ) -> None:
         async for request in requests:
             self._node.receive(rank, request)
 
-    @_translated
+    @_takes(_message(shard_pb2.LoadRequest))
     async def Load(
         self, requests: AsyncIterator[shard_pb2.LoadRequest], context: Context
     ) -> shard_pb2.LoadResponse:
@@ -103,19 +125,19 @@ class ShardService:
             self._node.load(request)
         return shard_pb2.LoadResponse(version=self._node.version)
 
-    @_translated
+    @_takes(_message(shard_pb2.PullRequest))
     async def Pull(self, request: shard_pb2.PullRequest, context: Context) -> None:
         self._node.identify(request.worker)
         for response in self._node.read(request.content):
             await context.write(response)
 
-    @_translated
+    @_takes(_message(shard_pb2.DescribeRequest))
     async def Describe(
         self, request: shard_pb2.DescribeRequest, context: Context
     ) -> shard_pb2.DescribeResponse:
         return status.describe(self._node)
 
-    @_translated
+    @_takes(_message(shard_pb2.LeaveRequest))
     async def Leave(
         self, request: shard_pb2.LeaveRequest, context: Context
     ) -> shard_pb2.LeaveResponse:
@@ -130,7 +152,7 @@ class LeadService:
         self.metrics = metrics
         self._office = office
 
-    @_translated
+    @_takes(_message(lead_pb2.ControlRequest))
     async def Control(
         self, requests: AsyncIterator[lead_pb2.ControlRequest], context: Context
     ) -> None:

@@ -156,7 +156,7 @@ class Shard:
             raise ProtocolError(
                 f"worker {worker} begins step {step} but is idle: it must meet first"
             )
-        if step > self.version:
+        if self.parts and step > self.version:
             raise ProtocolError(f"worker {worker} begins step {step} at version {self.version}")
         opened = _Step(step, epoch, samples, groups)
         effects: list[Effect] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from ps_core.codec import PartFrame, decode_response
 from ps_core.config import Config, RpcConfig
 from ps_core.errors import DataLossError, ShardlineError, ShardUnreachableError, error_from
 from ps_core.rpc import (
@@ -135,7 +136,7 @@ class ShardClient:
 
     def open(
         self,
-        receive: Callable[[shard_pb2.ExchangeResponse], None],
+        receive: Callable[[PartFrame | shard_pb2.ExchangeResponse], None],
         fail: Callable[[ShardlineError], None],
     ) -> None:
         """Open the stream. A thread of this client calls `receive` for each message, and `fail`
@@ -169,12 +170,12 @@ class ShardClient:
 
     def _read(
         self,
-        receive: Callable[[shard_pb2.ExchangeResponse], None],
+        receive: Callable[[PartFrame | shard_pb2.ExchangeResponse], None],
         fail: Callable[[ShardlineError], None],
     ) -> None:
         try:
-            for response in self._call:
-                receive(response)
+            for frame in self._call:
+                receive(decode_response(frame))
         except ShardlineError as error:
             fail(error)
         except grpc.RpcError as error:

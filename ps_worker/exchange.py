@@ -9,6 +9,7 @@ import torch
 
 from ps_core import codec
 from ps_core.buckets import Bucket
+from ps_core.codec import PartFrame
 from ps_core.config import Config
 from ps_core.errors import JobFailedError, ProtocolError, ShardlineError
 from ps_core.exchange import Meeting, Outcome, Purpose, ReadExtras, Start, StateByParameter, Traffic
@@ -262,12 +263,14 @@ class ParameterServerExchange:
             for name, tensor in extras.items():
                 tensor.copy_(received[name])
 
-    def _receive_from(self, shard: int) -> Callable[[shard_pb2.ExchangeResponse], None]:
-        def receive(response: shard_pb2.ExchangeResponse) -> None:
+    def _receive_from(self, shard: int) -> Callable[[PartFrame | shard_pb2.ExchangeResponse], None]:
+        def receive(response: PartFrame | shard_pb2.ExchangeResponse) -> None:
+            if isinstance(response, PartFrame):
+                self._inbox.arrived(self._write(shard, response).index)
+                return
             match response.WhichOneof("message"):
                 case "part":
-                    part = self._write(shard, response.part)
-                    self._inbox.arrived(part.index)
+                    self._inbox.arrived(self._write(shard, response.part).index)
                 case "met":
                     self._inbox.met(response.met)
                 case other:
@@ -275,7 +278,7 @@ class ParameterServerExchange:
 
         return receive
 
-    def _write(self, shard: int, message: tensor_pb2.Part) -> Part:
+    def _write(self, shard: int, message: PartFrame | tensor_pb2.Part) -> Part:
         """Copy a part's parameters into their bucket."""
         if message.part >= len(self._plan.parts):
             raise ProtocolError(
