@@ -32,6 +32,10 @@ class StepObserver(Protocol):
         """How many samples stand behind the gradients."""
         ...
 
+    def gradients_cleared(self) -> None:
+        """The gradients are gone, used or not."""
+        ...
+
     def after_step(self, outcome: Outcome, samples: int, exchange_seconds: float) -> None:
         """The parameters are those of `outcome.version`."""
         ...
@@ -113,6 +117,11 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         self.next_step = outcome.version
         self.num_skipped += not weight
         self._observer.after_step(outcome, weight, time.perf_counter() - started)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients; samples of backward passes since the last step no longer count."""
+        super().zero_grad(set_to_none)
+        self._observer.gradients_cleared()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once training has begun: the shards hold a fixed set of parameters."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import random
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from ps_core.buckets import make_buckets
 from ps_core.checkpoint import write_model
 from ps_core.config import Config, check_addresses, load
-from ps_core.errors import ShardlineError, UsageError
+from ps_core.errors import ConfigError, ShardlineError, UsageError
 from ps_core.exchange import Purpose
 from ps_core.local import LocalExchange
 from ps_core.metrics import Endpoint, WorkerMetrics, start_endpoint
@@ -32,7 +31,10 @@ from shardline.loader import Loader
 from shardline.records import Scalar
 from shardline.steps import Steps
 
-log = logging.getLogger("shardline")
+
+def _say(text: str) -> None:
+    """Tell the person who runs the script."""
+    sys.stderr.write(f"shardline: {text}\n")
 
 
 def connect(config: Path | str | None = None) -> Session:
@@ -45,6 +47,11 @@ def connect(config: Path | str | None = None) -> Session:
     with _exit_on_error():
         settings = load(file=Path(config) if config else None)
         check_addresses(settings)
+        if settings.cluster.num_workers > 1 and not settings.cluster.shards:
+            raise ConfigError(
+                f"{settings.cluster.num_workers} workers and no shards: name the shards in "
+                "cluster.shards, or start the script with `shardline run`"
+            )
         return Session(settings)
 
 
@@ -54,7 +61,7 @@ def _exit_on_error() -> Iterator[None]:
     try:
         yield
     except ShardlineError as error:
-        print(f"shardline: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the last word of the process
+        _say(str(error))
         raise SystemExit(error.exit_code) from error
 
 
@@ -72,14 +79,14 @@ class Session:
         self.rank = config.cluster.rank
         self.world_size = config.cluster.num_workers
         self.seed = config.job.seed
-        self.device = _device(config.worker.device)
+        self.device = _device(config.worker.device, config.cluster.rank)
         if config.worker.threads:
             torch.set_num_threads(config.worker.threads)
         torch.manual_seed(self.seed + self.rank)
         random.seed(self.seed + self.rank)
         self._endpoint: Endpoint | None = start_endpoint(config.metrics.host, config.metrics.port)
-        if self._endpoint:
-            log.info("metrics at %s", self._endpoint.url)
+        if self._endpoint and not config.metrics.port:
+            _say(f"metrics at {self._endpoint.url}")
         metrics = WorkerMetrics(self.rank, len(config.cluster.shards))
         self.exchange: JobExchange = (
             ParameterServerExchange(config, metrics) if config.cluster.shards else LocalExchange()
@@ -208,6 +215,7 @@ class Session:
                 raise
             finally:
                 self._attendance.release()
+                self._steps.close()
                 self._journal.close()
                 if self._endpoint:
                     self._endpoint.close()
@@ -223,10 +231,12 @@ class Session:
         self.exchange.close()
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+def _device(name: str, rank: int) -> torch.device:
+    """`auto`: workers of one machine take its GPUs in turn."""
+    if name != "auto":
+        return torch.device(name)
+    count = torch.cuda.device_count()
+    return torch.device("cuda", rank % count) if count else torch.device("cpu")
 
 
 def _reason(error: BaseException) -> str:
@@ -256,14 +266,12 @@ def _spec(parameter: torch.nn.Parameter, name: str | None, group: int) -> Parame
     if name is None:
         raise UsageError(
             f"the optimizer has a parameter of shape {list(parameter.shape)} that the model does "
-            "not own: give "
-            "session.optimizer the module that holds all of them"
+            "not own: give session.optimizer the module that holds all of them"
         )
     if parameter.dtype not in TRAINABLE or not parameter.numel():
         raise UsageError(
             f"parameter {name} is {parameter.dtype} with {parameter.numel()} elements: shards "
-            "hold non-empty "
-            "float64, float32, bfloat16 and float16 parameters"
+            "hold non-empty float64, float32, bfloat16 and float16 parameters"
         )
     return ParameterSpec(name, parameter.dtype, tuple(parameter.shape), group)
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ps_core.exchange import Outcome
 from ps_core.metrics import WorkerMetrics
@@ -29,13 +30,22 @@ class Steps:
         self._fresh_samples = self._used_samples = 0
         self._data_seconds = 0.0
         self._batch_at = self._backward_at = 0.0
+        self._hook: RemovableHandle | None = None
         self.epoch = 0
         self.num_steps = 0
         self.num_samples = 0
 
     def watch(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Notice backward passes through any of `parameters`."""
-        torch.autograd.graph.register_multi_grad_hook(parameters, self._on_backward, mode="any")
+        self._hook = torch.autograd.graph.register_multi_grad_hook(
+            parameters, self._on_backward, mode="any"
+        )
+
+    def close(self) -> None:
+        """Stop noticing. Idempotent."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def yielded(self, num_samples: int, data_seconds: float) -> None:
         """The loader gives a batch to the script, after `data_seconds` of work for it."""
@@ -62,6 +72,10 @@ class Steps:
         """The step's weight; 1 when the script brings its own data."""
         samples, self._used_samples = self._used_samples, 0
         return samples or 1
+
+    def gradients_cleared(self) -> None:
+        """The script has thrown its gradients away, or taken a step with them."""
+        self._used_samples = 0
 
     def after_step(self, outcome: Outcome, samples: int, exchange_seconds: float) -> None:
         """The parameters are those of `outcome.version`."""
