@@ -100,7 +100,7 @@ class ConsistencyConfig:
 class ExchangeConfig:
     """How gradients are collected into buckets, and buckets cut into the parts that are sent."""
 
-    part_bytes: int = _key(2**22, "Bytes of the largest part.", "--part-bytes", 256, 2**23, 256)
+    part_bytes: int = _key(2**22, "Bytes of the largest part.", "--part-bytes", 512, 2**23, 512)
     bucket_bytes: int = _key(2**25, "Bytes of gradients ready together.", "--bucket-bytes", 256)
 
 

@@ -28,7 +28,8 @@ class Attendance:
         self._peers: Peers | None = None
         self._optimizer: Stepping | None = None
         self._interrupted = False
-        self._unmet_steps = False
+        self._met = False
+        """All have met in this body of `session.epochs`, and no step has followed."""
 
     def bind(self, peers: Peers, optimizer: Stepping) -> None:
         """The worker has joined a job."""
@@ -51,6 +52,7 @@ class Attendance:
         else:
             self._peers.idle(self._optimizer.next_step)
             self._interrupted = True
+            self._met = False
 
     def ensure_member(self) -> None:
         """Before a step or a pass: make up for the meeting of a pass that was broken off."""
@@ -59,16 +61,22 @@ class Attendance:
 
     def step_taken(self) -> None:
         """A step is done."""
-        self._unmet_steps = True
+        self._met = False
 
     def end_epoch(self) -> None:
         """Meet the others at the end of the data."""
-        self._interrupted = self._unmet_steps = False
+        self._interrupted, self._met = False, True
         self.meet(Purpose.EPOCH)
 
+    def begin_loop_body(self) -> None:
+        """The body of `session.epochs` begins."""
+        self._met = False
+
     def end_loop_body(self) -> None:
-        """The body of `session.epochs` has ended: meet, unless a loader has done so already."""
-        if self._interrupted or self._unmet_steps:
+        """It has ended: meet, unless a loader has done so already. A worker that had no data in it
+        meets the others all the same.
+        """
+        if not self._met:
             self.end_epoch()
 
     def meet(self, purpose: Purpose, values: Sequence[float] = (), weight: float = 1.0) -> Meeting:

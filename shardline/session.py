@@ -145,6 +145,7 @@ class Session:
         """0 … count - 1. All workers meet after each, and then hold the same, newest parameters."""
         for epoch in range(count):
             self._steps.epoch = epoch
+            self._attendance.begin_loop_body()
             yield epoch
             self._attendance.end_loop_body()
 

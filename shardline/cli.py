@@ -1,0 +1,250 @@
+"""The command `shardline`: `run` a script on this machine, or ask shards for their `status`.
+
+It ends with 0 when all went well, 1 when the training failed, 2 when it was used wrongly, and 3
+when a shard could not be reached; with 128 + the signal's number when a signal ended it.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from rich.console import Console, Group
+from rich.live import Live
+
+from ps_core import __version__, config
+from ps_core.errors import ConfigError, ShardlineError
+
+_RUN_KEYS: Final = (
+    "consistency.mode",
+    "consistency.deterministic",
+    "job.seed",
+    "worker.nonfinite",
+    "worker.device",
+    "exchange.part_bytes",
+    "exchange.bucket_bytes",
+    "membership.join_timeout_seconds",
+    "rpc.drain_seconds",
+    "rpc.insecure",
+)
+_WATCH_SECONDS: Final = 1.0
+_FILE_WIDTH: Final = 160
+
+_EXAMPLES: Final = """\
+examples:
+  shardline run train.py
+  shardline run --workers 4 --shards 2 examples/digits.py --epochs 5
+  shardline status --shards 127.0.0.1:7000,127.0.0.1:7001
+"""
+_RUN_EXAMPLES: Final = """\
+examples:
+  shardline run train.py                                  two workers, one shard
+  shardline run --workers 4 --shards 2 train.py --lr 0.1  what follows train.py is its own
+  shardline run --deterministic --seed 7 train.py         runs that repeat exactly
+  python train.py                                         alone, without any shard
+
+It ends with 0 when all workers have, 1 when a process failed, 2 when it was used wrongly, 3 when a
+shard could not be reached, and 128 + the signal's number when a signal ended it.
+"""
+_STATUS_EXAMPLES: Final = """\
+examples:
+  shardline status --shards 127.0.0.1:7000,127.0.0.1:7001
+  shardline status --shards 127.0.0.1:7000 --watch
+  shardline status --shards 127.0.0.1:7000 --json | jq '.shards[].version'
+
+It ends with 0 when all shards have answered, 2 when it was used wrongly, and 3 when one could not
+be reached. The addresses of a run's shards are in cluster.json in its run directory.
+"""
+_RUN_DIR_HELP: Final = "folder for logs and results [runs/TIME-SCRIPT; SHARDLINE_JOB_RUN_DIR]"
+_THREADS_HELP: Final = "torch threads of each worker [CPUs / workers; SHARDLINE_WORKER_THREADS]"
+_LAYOUT: Final[dict[str, Any]] = {
+    "formatter_class": argparse.RawDescriptionHelpFormatter,
+    "allow_abbrev": False,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and where the help is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with `argv`, or the process's own arguments, and return its exit code.
+
+    Wrong usage, --help and --version raise SystemExit.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # `?` for what it cannot encode
+    arguments = _parser().parse_args(argv)
+    action: Callable[[argparse.Namespace], int] = arguments.action
+    try:
+        return action(arguments)
+    except ShardlineError as exc:
+        sys.stderr.write(f"shardline {arguments.command}: {exc}\n")
+        return exc.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="shardline",
+        description="Train PyTorch models with a sharded parameter server.",
+        **_LAYOUT,
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"shardline {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_status(commands)
+    return parser
+
+
+def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "run",
+        help="train: start shards and workers on this machine",
+        description="Start shards and workers on this machine and wait until SCRIPT is done.",
+        usage="%(prog)s [OPTION…] SCRIPT [ARG…]",
+        epilog=_RUN_EXAMPLES,
+        **_LAYOUT,
+    )
+    parser.set_defaults(action=_run)
+    parser.add_argument(
+        "--workers",
+        type=_count("a worker runs SCRIPT on its share of the data"),
+        default=2,
+        metavar="N",
+        help="processes that run SCRIPT [2]",
+    )
+    parser.add_argument(
+        "--shards",
+        type=_count("shards hold the parameters; without any, use `python SCRIPT`"),
+        default=1,
+        metavar="N",
+        help="processes that hold the parameters [1]",
+    )
+    parser.add_argument("--run-dir", dest="job.run_dir", metavar="DIR", help=_RUN_DIR_HELP)
+    parser.add_argument("--threads", dest="worker.threads", metavar="N", help=_THREADS_HELP)
+    _add_config(parser, _RUN_KEYS)
+    parser.add_argument("script", metavar="SCRIPT", type=Path, help="the training script")
+    parser.add_argument(
+        "arguments", metavar="ARG", nargs=argparse.REMAINDER, help="goes to SCRIPT untouched"
+    )
+
+
+def _add_status(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "status",
+        help="show what shards and workers are doing",
+        description="Show what the shards of a job and their workers are doing.",
+        usage="%(prog)s [OPTION…] --shards HOST:PORT,…",
+        epilog=_STATUS_EXAMPLES,
+        **_LAYOUT,
+    )
+    parser.set_defaults(action=_status)
+    parser.add_argument(
+        "--shards",
+        dest="cluster.shards",
+        metavar="HOST:PORT,…",
+        help="address of each shard [SHARDLINE_CLUSTER_SHARDS]",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON document, for programs")
+    form.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    _add_config(parser, ("rpc.insecure",))
+
+
+def _add_config(parser: argparse.ArgumentParser, keys: Sequence[str]) -> None:
+    help = "TOML file with more settings [SHARDLINE_CONFIG]"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=help)
+    config.add_flags(parser, keys)
+
+
+def _count(why: str) -> Callable[[str], int]:
+    """A whole number above 0; `why` says what is wrong with 0."""
+
+    def count(text: str) -> int:
+        number = int(text) if text.isascii() and text.isdigit() else 0
+        if number < 1:
+            raise argparse.ArgumentTypeError(f"{text} is not a count of at least 1: {why}")
+        return number
+
+    return count
+
+
+def _load(arguments: argparse.Namespace) -> config.Config:
+    return config.load(config.overrides(arguments), file=arguments.config)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from shardline import launcher  # each command loads only what it needs
+    from shardline.display import screen_for
+    from shardline.local_plan import Launch
+
+    return launcher.run(
+        Launch(
+            script=arguments.script,
+            arguments=tuple(arguments.arguments),
+            num_shards=arguments.shards,
+            num_workers=arguments.workers,
+            config=_load(arguments),
+        ),
+        screen_for(sys.stdout),
+    )
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from shardline import status  # each command loads only what it needs
+
+    settings = _load(arguments)
+    if not settings.cluster.shards:
+        raise ConfigError("which shards? Give their addresses: --shards HOST:PORT,…")
+    if arguments.watch:
+        return _watch(settings)
+    shards = status.ask(settings)
+    if arguments.json:
+        _print(json.dumps(status.document(shards), indent=2))
+    else:
+        _print(_text(status.picture(shards)))
+    return status.exit_code(shards)
+
+
+def _watch(settings: config.Config) -> int:
+    """Until Ctrl-C, which is how it is meant to end."""
+    from shardline import status
+
+    with contextlib.suppress(KeyboardInterrupt):
+        if not sys.stdout.isatty():
+            while True:
+                _print(_text(status.picture(status.ask(settings))))
+                time.sleep(_WATCH_SECONDS)
+        with Live(auto_refresh=False) as live:
+            while True:
+                live.update(status.picture(status.ask(settings)), refresh=True)
+                time.sleep(_WATCH_SECONDS)
+    return 0
+
+
+def _text(picture: Group) -> str:
+    """The picture as standard output shows it; a file is as wide as a table needs."""
+    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    with console.capture() as captured:
+        console.print(picture)
+    return captured.get().rstrip("\n")
+
+
+def _print(text: str) -> None:
+    """Write to standard output; ShardlineError when nobody reads it, or the disk is full."""
+    try:
+        print(text, flush=True)
+    except OSError as exc:
+        # At its end the interpreter would try to write the rest, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ShardlineError(f"cannot write the answer: {exc.strerror}") from exc

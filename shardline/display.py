@@ -1,0 +1,204 @@
+"""What the launcher shows while a run goes on: live on a terminal, plain lines anywhere else."""
+
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from shardline.progress import View, WorkerView
+from shardline.records import Scalar
+
+_PLAIN_SECONDS: Final = 5.0  # between progress lines
+_LIVE_SECONDS: Final = 0.25
+_MAX_ROWS: Final = 16  # workers shown one by one
+_NAMED_FIRST: Final = ("loss", "accuracy")
+
+Row = tuple[str, str]
+
+
+class Screen(Protocol):
+    """Where a run shows itself. `line` may be called by any thread."""
+
+    def line(self, name: str, text: str) -> None:
+        """What a process wrote."""
+
+    def note(self, text: str) -> None:
+        """What the launcher itself has to say."""
+
+    def show(self, view: View) -> None:
+        """How far the run is; called often, shown now and then."""
+
+    def close(self) -> None:
+        """The run is over: `show` is not called any more."""
+
+    def table(self, rows: Sequence[Row]) -> None:
+        """What came out."""
+
+
+def screen_for(stream: TextIO) -> Screen:
+    """The screen that fits `stream`."""
+    return LiveScreen(Console(file=stream)) if stream.isatty() else PlainScreen(stream)
+
+
+def duration(seconds: float) -> str:
+    """`12.3 s`, `2:05` or `1:02:05`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(num_bytes: float) -> str:
+    """`12.3 MB`, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def number(value: Scalar) -> str:
+    """A logged or reported value, short."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def named(values: Mapping[str, Scalar]) -> list[Row]:
+    """Names and values, the ones that people look for first."""
+    order = sorted(values, key=lambda name: (name not in _NAMED_FIRST, _rank(name)))
+    return [(name, number(values[name])) for name in order]
+
+
+def _rank(name: str) -> int:
+    return _NAMED_FIRST.index(name) if name in _NAMED_FIRST else 0
+
+
+def headlines(view: View) -> tuple[str, str]:
+    """How far the run is; what was logged and sent."""
+    where = (
+        f"{duration(view.elapsed_seconds)}",
+        f"epoch {view.epoch}",
+        f"step {view.step:,}",
+        f"{view.samples_per_second:,.0f} samples/s",
+    )
+    values = [f"{name} {value}" for name, value in named(view.values)]
+    sent = (f"pushed {size(view.pushed_bytes)}", f"pulled {size(view.pulled_bytes)}")
+    return "  ".join(where), "  ".join([*values, *sent])
+
+
+class PlainScreen:
+    """Lines of text. When `stream` breaks, that is said once on standard error."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._broken = False
+        self._lock = threading.Lock()
+        self._next_seconds = _PLAIN_SECONDS
+
+    def line(self, name: str, text: str) -> None:
+        """What a process wrote."""
+        self._write(f"[{name}] {text}")
+
+    def note(self, text: str) -> None:
+        """What the launcher itself has to say."""
+        self._write(text)
+
+    def show(self, view: View) -> None:
+        """How far the run is."""
+        running = view.step and not all(worker.has_finished for worker in view.workers)
+        if running and view.elapsed_seconds >= self._next_seconds:
+            self._next_seconds = view.elapsed_seconds + _PLAIN_SECONDS
+            self._write("  ".join(headlines(view)))
+
+    def close(self) -> None:
+        """The run is over."""
+
+    def table(self, rows: Sequence[Row]) -> None:
+        """What came out."""
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, value in rows:
+            self._write(f"{name:<{width}}  {value}")
+
+    def _write(self, text: str) -> None:
+        with self._lock:
+            if self._broken:
+                return
+            try:
+                self._stream.write(text + "\n")
+                self._stream.flush()
+            except OSError as exc:  # whoever read has gone, or the disk is full
+                self._broken = True
+                sys.stderr.write(f"shardline: the run goes on without output: {exc}\n")
+
+
+class LiveScreen:
+    """Progress that stays at the bottom of a terminal, below what the processes write."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._next_seconds = 0.0
+
+    def line(self, name: str, text: str) -> None:
+        """What a process wrote."""
+        self._print(Text.assemble((f"[{name}] ", "cyan"), Text.from_ansi(text)))
+
+    def note(self, text: str) -> None:
+        """What the launcher itself has to say."""
+        self._print(Text(text, style="bold"))
+
+    def show(self, view: View) -> None:
+        """How far the run is."""
+        if view.elapsed_seconds < self._next_seconds:
+            return
+        self._next_seconds = view.elapsed_seconds + _LIVE_SECONDS
+        with self._lock:
+            self._live.start()
+            self._live.update(picture(view), refresh=True)
+
+    def close(self) -> None:
+        """The run is over."""
+        with self._lock:
+            self._live.stop()
+
+    def table(self, rows: Sequence[Row]) -> None:
+        """What came out."""
+        table = Table(show_header=False)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        with self._lock:
+            self._console.print(table)
+
+    def _print(self, text: Text) -> None:
+        with self._lock:
+            self._console.print(text, soft_wrap=True)
+
+
+def picture(view: View) -> Group:
+    """The whole view for a terminal: the headlines, then a row per worker."""
+    where, what = headlines(view)
+    table = Table("worker", "epoch", "step", "samples", "samples/s", "", box=None, pad_edge=False)
+    for column in table.columns[1:5]:
+        column.justify = "right"
+    for worker in view.workers[:_MAX_ROWS]:
+        table.add_row(*_row(worker))
+    hidden = len(view.workers) - _MAX_ROWS
+    rest = [Text(f"… and {hidden} more")] if hidden > 0 else []
+    return Group(Text(where, style="bold"), Text(what), table, *rest)
+
+
+def _row(worker: WorkerView) -> list[str]:
+    return [
+        f"worker {worker.rank}",
+        str(worker.epoch),
+        f"{worker.step:,}",
+        f"{worker.samples:,}",
+        f"{worker.samples_per_second:,.0f}",
+        "finished" if worker.has_finished else "" if worker.step else "starting",
+    ]

@@ -1,0 +1,202 @@
+"""Starts shards and workers on this machine, watches them, and leaves none behind."""
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from types import FrameType
+from typing import Final
+
+from ps_core.errors import ConfigError
+from shardline import curves, report, run_directory
+from shardline.display import Screen
+from shardline.local_plan import Launch, plan
+from shardline.ports import free_ports
+from shardline.processes import Child, ProcessSpec
+from shardline.progress import Progress, Totals
+from shardline.records import Tail
+from shardline.run_directory import RunDirectory
+from shardline.supervision import REAP_SECONDS, Order, ProcessId, Supervisor
+
+_POLL_SECONDS: Final = 0.05
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_NOTEWORTHY: Final = re.compile(r"\b(WARNING|ERROR|CRITICAL|Traceback)\b|(Error|Exception): ")
+
+
+def run(launch: Launch, screen: Screen) -> int:
+    """Run it to its end and return the exit code of the command.
+
+    Must be called on the main thread, before any other is started. ShardlineError when nothing
+    could be started; what fails later is told on the screen and on standard error.
+    """
+    if not launch.script.is_file():
+        raise ConfigError(f"there is no script {launch.script}")
+    directory = run_directory.create(launch.config.job.run_dir, launch.script, time.time())
+    ports = free_ports(2 * launch.num_shards + launch.num_workers)
+    job_id = f"{launch.job_name}-{secrets.token_hex(3)}"
+    specs = plan(launch, job_id, directory.path, ports, _num_cpus())
+    screen.note(report.opening(launch, job_id, directory))
+    return _Run(launch, directory, screen, specs).to_its_end(job_id)
+
+
+def _num_cpus() -> int:
+    """The CPUs that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _signals_into(received: list[signal.Signals]) -> Iterator[None]:
+    """Collect the signals that end a run, instead of dying of them."""
+
+    def collect(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number in _SIGNALS:
+        # Under nohup a hangup stays ignored.
+        if number is not signal.SIGHUP or before[number] is not signal.SIG_IGN:
+            signal.signal(number, collect)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+class _Run:
+    """The edge between the decisions of a Supervisor and real processes."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        directory: RunDirectory,
+        screen: Screen,
+        specs: Sequence[ProcessSpec],
+    ) -> None:
+        self._launch, self._directory, self._screen = launch, directory, screen
+        self._specs = specs
+        self._children: dict[ProcessId, Child] = {}
+        self._signals: list[signal.Signals] = []
+        self._tail = Tail(directory.metrics)
+        self._progress = Progress(launch.num_workers)
+        self._started = time.monotonic()
+        rpc = launch.config.rpc
+        processes = [spec.id for spec in specs]
+        self._supervisor = Supervisor(processes, rpc.drain_seconds, rpc.reconnect_seconds)
+
+    def to_its_end(self, job_id: str) -> int:
+        """Start, watch, clean up, tell; returns the exit code."""
+        with _signals_into(self._signals):
+            try:
+                self._start(job_id)
+                self._watch()
+            finally:
+                self._clean_up()
+            return self._tell(time.monotonic() - self._started)
+
+    def _start(self, job_id: str) -> None:
+        """All processes before any thread: a fork must not copy a lock that a thread holds."""
+        for spec in self._specs:
+            self._children[spec.id] = Child(spec, self._directory.open_log(spec))
+        pids = [child.pid for child in self._children.values()]
+        document = run_directory.cluster(job_id, time.time(), self._specs, pids)
+        self._directory.write_json("cluster.json", document)
+        for process, child in self._children.items():
+            child.listen(partial(self._show_line, process))
+
+    def _show_line(self, process: ProcessId, text: str) -> None:
+        # What shards say when we end them is no news.
+        is_news = self._supervisor.interrupted is None and _NOTEWORTHY.search(text)
+        if process.role == "worker" or is_news:
+            self._screen.line(str(process), text)
+
+    def _watch(self) -> None:
+        while not self._supervisor.is_over(time.monotonic()):
+            self._notice(time.monotonic())
+            for order in self._supervisor.due(time.monotonic()):
+                self._carry_out(order)
+            elapsed_seconds = time.monotonic() - self._started
+            self._screen.show(self._progress.view(elapsed_seconds, time.time()))
+            time.sleep(_POLL_SECONDS)
+
+    def _notice(self, now: float) -> None:
+        """Tell the supervisor what has happened since the last call."""
+        while self._signals:
+            number = self._signals.pop(0)
+            self._screen.note(report.interruption(number, self._supervisor))
+            self._supervisor.interrupt(number, now)
+        ended = self._newly_ended()
+        # After the processes were looked at: the last record of one that has ended is in the file.
+        self._progress.add(self._tail.read())
+        self._supervisor.finished = self._progress.finished
+        for process, code in ended:
+            self._supervisor.exited(process, code, now)
+
+    def _newly_ended(self) -> list[tuple[ProcessId, int]]:
+        """Those that died of a signal first: the others may have failed because of them."""
+        alive = self._supervisor.alive()
+        codes = [(process, self._children[process].poll()) for process in alive]
+        ended = [(process, code) for process, code in codes if code is not None]
+        return sorted(ended, key=lambda each: each[1] >= 0)
+
+    def _carry_out(self, order: Order) -> None:
+        if order.note:
+            self._screen.note(order.note)
+        for process in order.processes:
+            self._children[process].send(order.signal)
+
+    def _clean_up(self) -> None:
+        """End what still runs, which is nothing after a run without surprises."""
+        for child in self._children.values():
+            if child.poll() is None:
+                child.send(signal.SIGKILL)
+        deadline = time.monotonic() + REAP_SECONDS
+        while any(child.poll() is None for child in self._children.values()):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_SECONDS)
+        for child in self._children.values():
+            child.close()
+        self._screen.close()
+
+    def _tell(self, wall_seconds: float) -> int:
+        """Write the results, and show them."""
+        self._progress.add(self._tail.read())
+        totals, code = self._progress.totals(), self._supervisor.exit_code()
+        self._write_results(totals, wall_seconds, code)
+        if totals.steps or code == 0:
+            self._screen.table(report.rows(totals, wall_seconds, self._directory))
+        sys.stderr.write(
+            report.ending(
+                self._supervisor,
+                wall_seconds,
+                {process: list(child.last_lines) for process, child in self._children.items()},
+                self._directory,
+            )
+        )
+        return code
+
+    def _write_results(self, totals: Totals, wall_seconds: float, code: int) -> None:
+        launch = self._launch
+        document = run_directory.summary(launch, totals, wall_seconds, code)
+        try:
+            self._directory.write_json("summary.json", document)
+            if self._supervisor.interrupted is None:
+                self._draw()
+        except (ConfigError, OSError) as exc:
+            self._screen.note(f"the results are not complete: {exc}")
+
+    def _draw(self) -> None:
+        records = Tail(self._directory.metrics).read()
+        try:
+            curves.draw(records, self._directory.path / "training.png", self._launch.job_name)
+        except ImportError:
+            self._screen.note(
+                "training.png is not drawn: matplotlib is not installed "
+                "(pip install 'shardline[plots]')"
+            )

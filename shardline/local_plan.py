@@ -1,0 +1,94 @@
+"""Which processes a run on this machine has, and how each is configured."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from ps_core.config import (
+    ClusterConfig,
+    Config,
+    JobConfig,
+    inherited_environment,
+    to_environment,
+    validate,
+)
+from shardline.processes import ProcessSpec
+from shardline.supervision import ProcessId
+
+_HOST: Final = "127.0.0.1"
+_SHARD_COMMAND: Final = (sys.executable, "-u", "-m", "ps_server")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to run; `config` is what all processes have in common."""
+
+    script: Path
+    arguments: tuple[str, ...]
+    num_shards: int
+    num_workers: int
+    config: Config
+    shard_command: tuple[str, ...] = _SHARD_COMMAND
+
+    @property
+    def job_name(self) -> str:
+        """The name in the configuration, or else the script's."""
+        given = self.config.job.id
+        return self.script.stem if given == JobConfig().id else given
+
+
+def plan(
+    launch: Launch, job_id: str, run_dir: Path, ports: Sequence[int], num_cpus: int
+) -> list[ProcessSpec]:
+    """The processes to start, shards first.
+
+    `ports`: one per shard to serve on, then one per shard and one per worker for metrics.
+    """
+    shards = tuple(f"{_HOST}:{port}" for port in ports[: launch.num_shards])
+    config = replace(
+        launch.config,
+        job=replace(launch.config.job, id=job_id, run_dir=str(run_dir)),
+        cluster=ClusterConfig(shards=shards, num_workers=launch.num_workers),
+        server=replace(launch.config.server, index=0, port=0),
+    )
+    roles = [ProcessId("shard", index) for index in range(launch.num_shards)]
+    roles += [ProcessId("worker", rank) for rank in range(launch.num_workers)]
+    return [
+        _spec(launch, _of_process(config, process, port, num_cpus), process)
+        for process, port in zip(roles, ports[launch.num_shards :], strict=True)
+    ]
+
+
+def _of_process(config: Config, process: ProcessId, metrics_port: int, num_cpus: int) -> Config:
+    """The configuration of one process."""
+    metrics = config.metrics
+    if metrics.port != -1:  # which says that there shall be no endpoint
+        metrics = replace(metrics, port=metrics_port)
+    if process.role == "shard":
+        server = replace(config.server, index=process.index)
+        worker = replace(config.worker, threads=1)
+        return replace(config, server=server, worker=worker, metrics=metrics)
+    threads = config.worker.threads or max(1, num_cpus // config.cluster.num_workers)
+    return replace(
+        config,
+        cluster=replace(config.cluster, rank=process.index),
+        worker=replace(config.worker, threads=threads),
+        metrics=metrics,
+    )
+
+
+def _spec(launch: Launch, config: Config, process: ProcessId) -> ProcessSpec:
+    validate(config)
+    metrics, is_shard = config.metrics, process.role == "shard"
+    worker_command = (sys.executable, "-u", str(launch.script), *launch.arguments)
+    return ProcessSpec(
+        process,
+        launch.shard_command if is_shard else worker_command,
+        inherited_environment()
+        | to_environment(config)
+        | {"OMP_NUM_THREADS": str(config.worker.threads)},
+        config.cluster.shards[process.index] if is_shard else None,
+        None if metrics.port == -1 else f"http://{metrics.host}:{metrics.port}/metrics",
+    )

@@ -1,0 +1,84 @@
+"""The words of the launcher: what starts, what is interrupted, what failed and what came out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from signal import SIGKILL, Signals
+from typing import Final
+
+from shardline.display import Row, duration, named, size
+from shardline.local_plan import Launch
+from shardline.progress import Totals
+from shardline.run_directory import RunDirectory
+from shardline.supervision import SPARE_SECONDS, ProcessId, Supervisor
+
+_HINTS: Final = {0: " before the workers", -SIGKILL: " (is the machine out of memory?)"}
+
+
+def opening(launch: Launch, job_id: str, directory: RunDirectory) -> str:
+    """What is about to run."""
+    workers, shards = counted(launch.num_workers, "worker"), counted(launch.num_shards, "shard")
+    return f"{job_id}: {workers}, {shards}; logs and results in {short(directory.path)}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def short(path: Path) -> str:
+    """`path` from the working directory, if it lies below."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def interruption(number: Signals, supervisor: Supervisor) -> str:
+    """What follows from a signal that the supervisor has not been told yet."""
+    if supervisor.interrupted is not None:
+        return f"{number.name} again: killing everything"
+    seconds = 2 * supervisor.drain_seconds + SPARE_SECONDS
+    return f"{number.name}: ending the run within {seconds:g} s (once more: at once)"
+
+
+def rows(totals: Totals, wall_seconds: float, directory: RunDirectory) -> list[Row]:
+    """The summary that people read."""
+    model = directory.model()
+    return [
+        *named({**totals.values, **totals.reported}),
+        ("steps", f"{totals.steps:,}"),
+        ("wall time", duration(wall_seconds)),
+        ("samples/s", f"{totals.samples_per_second:,.0f}"),
+        ("pushed", size(totals.pushed_bytes)),
+        ("pulled", size(totals.pulled_bytes)),
+        ("run directory", short(directory.path)),
+        *([("model", short(model))] if model else []),
+    ]
+
+
+def ending(
+    supervisor: Supervisor,
+    wall_seconds: float,
+    last_lines: Mapping[ProcessId, Sequence[str]],
+    directory: RunDirectory,
+) -> str:
+    """Why the run did not end well, in whole lines; empty if it did."""
+    after = f"after {duration(wall_seconds)}"
+    if supervisor.interrupted is not None:
+        return f"shardline run: interrupted by {supervisor.interrupted.name} {after}\n"
+    failure = supervisor.failure
+    if failure is None:
+        return ""
+    process = failure.process
+    log = short(directory.path / f"{process.role}-{process.index}.log")
+    hint = _HINTS.get(failure.code, "")
+    lines = [f"shardline run: {failure}{hint} {after}; its last lines ({log}):"]
+    lines += [f"    {line}" for line in last_lines.get(process, ())] or ["    (it wrote nothing)"]
+    for other in supervisor.exits.values():
+        # A worker that ended with 0 was done; a shard was stopped by somebody.
+        unexpected = other.code != 0 or other.process.role == "shard"
+        if other is not failure and unexpected and not other.told:
+            lines.append(f"{other}: {_last_word(last_lines.get(other.process, ()))}")
+    return "\n".join(lines) + "\n"
+
+
+def _last_word(lines: Sequence[str]) -> str:
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")

@@ -1,0 +1,158 @@
+"""The folder of one run: logs, records, who took part, and what came out."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Final
+
+from ps_core import __version__
+from ps_core.errors import ConfigError
+from shardline.local_plan import Launch
+from shardline.processes import ProcessSpec
+from shardline.progress import Totals
+from shardline.records import jsonable
+
+_PARENT: Final = Path("runs")
+_FILES: Final = ("cluster.json", "metrics.jsonl", "summary.json")  # each the mark of a run
+_PACKAGES: Final = {"torch": "torch", "grpc": "grpcio"}
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """One run's folder, absolute."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """The file of records that the workers write."""
+        return self.path / "metrics.jsonl"
+
+    def log(self, spec: ProcessSpec) -> Path:
+        """The file with all that a process writes."""
+        return self.path / spec.log_name
+
+    def open_log(self, spec: ProcessSpec) -> IO[bytes]:
+        """Its log, for writing; ConfigError when that is not possible."""
+        try:
+            return self.log(spec).open("wb")
+        except OSError as exc:
+            raise _unusable(self.path, exc) from exc
+
+    def write_json(self, name: str, document: Mapping[str, object]) -> None:
+        """Put a JSON file in place, whole or not at all; ConfigError when that is not possible."""
+        text = json.dumps(jsonable(document), indent=2, allow_nan=False)
+        part = self.path / f".{name}.part"
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.path / name)
+        except OSError as exc:
+            raise _unusable(self.path, exc) from exc
+
+    def model(self) -> Path | None:
+        """The newest model that the run wrote."""
+        found = sorted(self.path.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+        return found[-1] if found else None
+
+
+def create(given: str, script: Path, now: float) -> RunDirectory:
+    """Make the folder `given`, or one in `runs/` named after the UTC time `now` and the script.
+
+    ConfigError when it cannot be written to, or holds a run already.
+    """
+    try:
+        path = Path(given).absolute() if given else _fresh(f"{_stamp(now)}-{script.stem}")
+        path.mkdir(parents=True, exist_ok=True)
+        if taken := [name for name in _FILES if (path / name).exists()]:
+            raise ConfigError(f"--run-dir {path} holds an earlier run ({taken[0]}): choose another")
+        directory = RunDirectory(path)
+        directory.metrics.touch()
+    except OSError as exc:
+        raise _unusable(Path(given or _PARENT), exc) from exc
+    return directory
+
+
+def _unusable(path: Path, exc: OSError) -> ConfigError:
+    return ConfigError(f"cannot write to the run directory {path}: {exc.strerror}; see --run-dir")
+
+
+def _fresh(name: str) -> Path:
+    """A new folder, numbered when several runs start in the same second."""
+    parent = _PARENT.absolute()
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def _stamp(now: float) -> str:
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
+
+
+def cluster(
+    job_id: str, started: float, specs: Sequence[ProcessSpec], pids: Sequence[int]
+) -> dict[str, object]:
+    """The document `cluster.json`: who takes part; `started` is in seconds since 1970."""
+    processes = [
+        {
+            "role": spec.id.role,
+            "index": spec.id.index,
+            "pid": pid,
+            "address": spec.address,
+            "metrics_url": spec.metrics_url,
+            "log": spec.log_name,
+        }
+        for spec, pid in zip(specs, pids, strict=True)
+    ]
+    moment = datetime.fromtimestamp(started, UTC).isoformat(timespec="milliseconds")
+    return {"job_id": job_id, "started": moment, "processes": processes}
+
+
+def summary(
+    launch: Launch, totals: Totals, wall_seconds: float, exit_code: int
+) -> dict[str, object]:
+    """The document `summary.json`: what the run did."""
+    return {
+        "strategy": "parameter-server",
+        "mode": launch.config.consistency.mode,
+        "shards": launch.num_shards,
+        "workers": launch.num_workers,
+        "steps": totals.steps,
+        "version": totals.version,
+        "wall_seconds": round(wall_seconds, 3),
+        "samples": totals.samples,
+        "samples_per_second": round(totals.samples_per_second, 3),
+        "pushed_bytes": totals.pushed_bytes,
+        "pulled_bytes": totals.pulled_bytes,
+        "versions": versions(),
+        "reported": totals.reported,
+        "exit_code": exit_code,
+    }
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    others = {name: _version(package) for name, package in _PACKAGES.items()}
+    return {"shardline": __version__, **others, "python": platform.python_version()}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"

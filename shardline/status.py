@@ -1,0 +1,162 @@
+"""What the shards of a job say about themselves, for people and for programs."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+from google.protobuf.message import Message
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ps_core.config import Config
+from ps_core.errors import ShardlineError, ShardUnreachableError
+from ps_core.v1 import shard_pb2
+from ps_worker.client import describe
+from shardline.display import duration, size
+
+_NAMES: Final = ("shard", "address", "phase", "worker", "state", "process")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A shard's answer, or why there is none."""
+
+    address: str
+    answer: shard_pb2.DescribeResponse | None = None
+    error: ShardlineError | None = None
+
+    @property
+    def is_unreachable(self) -> bool:
+        return isinstance(self.error, ShardUnreachableError)
+
+
+def ask(config: Config) -> list[Shard]:
+    """Ask every shard in `cluster.shards`, all at the same time; blocks until the last answer."""
+    addresses = config.cluster.shards
+    with ThreadPoolExecutor(max_workers=max(1, len(addresses))) as pool:
+        return list(pool.map(lambda address: _ask(address, config), addresses))
+
+
+def _ask(address: str, config: Config) -> Shard:
+    try:
+        return Shard(address, answer=describe(address, config.rpc))
+    except ShardlineError as exc:
+        return Shard(address, error=exc)
+
+
+def exit_code(shards: Sequence[Shard]) -> int:
+    """0 if all have answered, else the highest of the errors' codes: 3 for an unreachable one."""
+    return max((shard.error.exit_code for shard in shards if shard.error), default=0)
+
+
+def document(shards: Sequence[Shard]) -> dict[str, object]:
+    """The answers for programs, with the names of shard.proto."""
+    return {"shards": [_entry(shard) for shard in shards]}
+
+
+def _entry(shard: Shard) -> dict[str, object]:
+    if shard.answer is None:
+        return {"address": shard.address, "error": str(shard.error), "workers": []}
+    return {"address": shard.address} | plain(shard.answer)
+
+
+def plain(message: Message) -> dict[str, object]:
+    """Every field by name, whole numbers as numbers; an enum value as the last word of its name."""
+    values: dict[str, object] = {}
+    for field in message.DESCRIPTOR.fields:
+        value: Any = getattr(message, field.name)
+        if field.enum_type is not None:
+            values[field.name] = _phase_name(value)
+        elif field.is_repeated:
+            values[field.name] = [_plain_item(item) for item in value]
+        else:
+            values[field.name] = _plain_item(value)
+    return values
+
+
+def _plain_item(value: object) -> object:
+    return plain(value) if isinstance(value, Message) else value
+
+
+def _phase_name(number: int) -> str:
+    """`training` for PHASE_TRAINING; a number that this version does not know stays one."""
+    known = shard_pb2.Phase.DESCRIPTOR.values_by_number
+    return known[number].name.removeprefix("PHASE_").lower() if number in known else str(number)
+
+
+def picture(shards: Sequence[Shard]) -> Group:
+    """The answers for people: a row per shard, one per worker, then what is wrong."""
+    workers = _worker_table(shards)
+    problems = [Text(line, overflow="fold") for line in _problems(shards)]
+    return Group(_shard_table(shards), *([workers] if workers.row_count else []), *problems)
+
+
+def _problems(shards: Sequence[Shard]) -> Iterator[str]:
+    for shard in shards:
+        if shard.error is not None:
+            yield f"{shard.address}: {shard.error}"
+        elif shard.answer is not None and shard.answer.reason:
+            yield f"{shard.address}: {shard.answer.reason}"
+
+
+def _table(*columns: str) -> Table:
+    """Names on the left, numbers on the right, every row one line."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        is_number = column not in _NAMES
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
+    return table
+
+
+def _shard_table(shards: Sequence[Shard]) -> Table:
+    columns = ("shard", "address", "phase", "version", "updates/s", "parameters", "up", "process")
+    table = _table(*columns)
+    for shard in shards:
+        table.add_row(*map(Text, _shard_row(shard)))
+    jobs = dict.fromkeys(each.answer.job_id for each in shards if each.answer)
+    table.title = ", ".join(f"job {job}" for job in jobs if job) or "no job yet"
+    return table
+
+
+def _shard_row(shard: Shard) -> list[str]:
+    answer = shard.answer
+    if answer is None:
+        return ["?", shard.address, "unreachable" if shard.is_unreachable else "error"]
+    return [
+        str(answer.shard),
+        shard.address,
+        _phase_name(answer.phase),
+        f"{answer.version:,}",
+        f"{answer.updates_per_second:.1f}",
+        size(answer.parameter_bytes),
+        duration(answer.uptime_seconds),
+        f"{answer.host}:{answer.pid}",
+    ]
+
+
+def _worker_table(shards: Sequence[Shard]) -> Table:
+    table = _table("worker", "state", "step", "behind", "pushed", "pushed/s", "pulled", "process")
+    by_rank: dict[int, list[shard_pb2.WorkerStatus]] = {}
+    for shard in shards:
+        for worker in shard.answer.workers if shard.answer else ():
+            by_rank.setdefault(worker.worker.rank, []).append(worker)
+    for rank in sorted(by_rank):
+        table.add_row(*map(Text, _worker_row(rank, by_rank[rank])))
+    return table
+
+
+def _worker_row(rank: int, seen: Sequence[shard_pb2.WorkerStatus]) -> list[str]:
+    """One worker as all shards see it: bytes are added, and the slowest shard counts."""
+    return [
+        str(rank),
+        ", ".join(dict.fromkeys(worker.state for worker in seen)),
+        f"{min(worker.clock for worker in seen):,}",
+        f"{max(worker.staleness for worker in seen):,}",
+        size(sum(worker.received_bytes for worker in seen)),
+        size(sum(worker.received_bytes_per_second for worker in seen)),
+        size(sum(worker.sent_bytes for worker in seen)),
+        f"{seen[0].host}:{seen[0].pid}",
+    ]

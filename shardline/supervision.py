@@ -1,0 +1,210 @@
+"""How a run ends: who is to blame, and who gets which signal when. No processes and no clock here.
+
+- All workers end with 0: the shards end by themselves; after a while they are told to.
+- One process fails: the others get a moment to notice and to say so, then they are told to end.
+- Somebody interrupts the run: workers are told to end, then shards. A second time: all are killed.
+
+Whoever does not end when told is killed.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from signal import SIGKILL, SIGTERM, Signals
+from typing import Final, Literal
+
+Role = Literal["shard", "worker"]
+
+NOTICE_SECONDS: Final = 5.0
+"""How much longer than `reconnect_seconds` the others may take to notice a failure and end."""
+LONELY_SECONDS: Final = 1.0
+"""How long shards may take to end by themselves once all workers are gone after a failure."""
+SPARE_SECONDS: Final = 3.0
+"""How much longer than `drain_seconds`, the time for its open calls, a process may take to end."""
+REAP_SECONDS: Final = 5.0
+"""How long a killed process may take to disappear before nobody waits for it any more."""
+
+_WORKERS: Final[frozenset[Role]] = frozenset({"worker"})
+_SHARDS: Final[frozenset[Role]] = frozenset({"shard"})
+_ALL: Final = _WORKERS | _SHARDS
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ProcessId:
+    """A process of the run."""
+
+    role: Role
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended; `code` is negative for a signal, and `told` if we had sent it one."""
+
+    process: ProcessId
+    code: int
+    told: bool
+
+    def __str__(self) -> str:
+        if self.code >= 0:
+            return f"{self.process} ended with exit code {self.code}"
+        return f"{self.process} was killed by {signal_name(-self.code)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Send `signal` to `processes`; `note` tells the user why, or is empty."""
+
+    signal: Signals
+    processes: tuple[ProcessId, ...]
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A signal for all processes of some roles, some time after the step before it."""
+
+    wait_seconds: float
+    signal: Signals
+    roles: frozenset[Role]
+    why: str = ""
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9."""
+    try:
+        return Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """What is known about the processes of one run, and what has to be done about it.
+
+    Times are seconds of one monotonic clock. Call `due` often and carry out what it returns.
+    """
+
+    processes: Collection[ProcessId]
+    drain_seconds: float
+    reconnect_seconds: float = 0.0
+    exits: dict[ProcessId, Exit] = field(default_factory=dict)
+    failure: Exit | None = None  # the first process that failed
+    interrupted: Signals | None = None
+    finished: set[int] = field(default_factory=set)  # ranks that have written their last record
+    _steps: list[_Step] = field(default_factory=list)
+    _since: float = 0.0
+    _addressed: frozenset[Role] = frozenset()
+    _told: set[ProcessId] = field(default_factory=set)
+    _killed_at: float | None = None
+    _early: dict[ProcessId, float] = field(default_factory=dict)
+
+    @property
+    def notice_seconds(self) -> float:
+        """How long the others may take to notice a failure and to end by themselves."""
+        return self.reconnect_seconds + NOTICE_SECONDS
+
+    def alive(self, roles: Iterable[Role] = _ALL) -> tuple[ProcessId, ...]:
+        """The processes of these roles that have not ended."""
+        return tuple(
+            each for each in self.processes if each.role in roles and each not in self.exits
+        )
+
+    def is_over(self, now: float) -> bool:
+        """Whether there is nothing left to wait for."""
+        gave_up = self._killed_at is not None and now - self._killed_at > REAP_SECONDS
+        return gave_up or not self.alive()
+
+    def exit_code(self) -> int:
+        """What the command ends with: 0 done, 1 failed, 3 try again, 128 + signal interrupted."""
+        if self.interrupted is not None:
+            return 128 + self.interrupted
+        if self.failure is not None:
+            return 3 if self.failure.code == 3 else 1
+        return 0
+
+    def interrupt(self, signal: Signals, now: float) -> None:
+        """The user wants the run to end; the second time at once."""
+        plan = [
+            _Step(0, SIGTERM, _WORKERS),
+            _Step(self.drain_seconds, SIGTERM, _SHARDS),
+            self._kill(),
+        ]
+        if self.interrupted is not None:
+            plan = [_Step(0, SIGKILL, _ALL)]
+        self.interrupted = self.interrupted or signal
+        self._begin(plan, now)
+
+    def exited(self, process: ProcessId, code: int, now: float) -> None:
+        """`process` has ended with `code`, negative for a signal."""
+        ended = self.exits[process] = Exit(process, code, process in self._told)
+        if self.interrupted is not None:
+            return
+        if self.failure is None:
+            self._judge(ended, now)
+        if self.failure is not None and not self._told and not self.alive(_WORKERS):
+            self._begin([_Step(LONELY_SECONDS, SIGTERM, _SHARDS), self._kill()], now)
+
+    def _judge(self, ended: Exit, now: float) -> None:
+        """What an exit means while nothing has gone wrong yet."""
+        if ended.code != 0 and not ended.told:
+            self._fail(ended, now, self.notice_seconds)
+        elif ended.process.role == "shard":
+            self._early[ended.process] = now
+        elif not self.alive(_WORKERS):
+            self._drain(now)
+
+    def due(self, now: float) -> list[Order]:
+        """The signals to send now."""
+        self._blame_early_shards(now)
+        orders = []
+        while self._steps and self._is_due(self._steps[0], now):
+            step = self._steps.pop(0)
+            self._since, self._addressed = now, self._addressed | step.roles
+            if targets := self.alive(step.roles):
+                orders.append(self._order(step, targets, now))
+        return orders
+
+    def _order(self, step: _Step, targets: tuple[ProcessId, ...], now: float) -> Order:
+        self._told.update(targets)
+        if step.signal is SIGKILL:
+            self._killed_at = now
+        names = ", ".join(map(str, targets))
+        note = step.why and f"{names} {step.why}: sending {step.signal.name}"
+        return Order(step.signal, targets, note)
+
+    def _is_due(self, step: _Step, now: float) -> bool:
+        """Its time has come, or nobody is left whom the steps before it were for."""
+        waited = now - self._since >= step.wait_seconds
+        return waited or (bool(self._addressed) and not self.alive(self._addressed))
+
+    def _begin(self, steps: list[_Step], now: float) -> None:
+        self._steps, self._since, self._addressed = steps, now, frozenset()
+
+    def _fail(self, ended: Exit, now: float, wait_seconds: float) -> None:
+        self.failure = ended
+        told = f"still there {self.notice_seconds:g} s after {ended}"
+        self._begin([_Step(wait_seconds, SIGTERM, _ALL, told), self._kill()], now)
+
+    def _drain(self, now: float) -> None:
+        wait = self.drain_seconds + SPARE_SECONDS
+        told = f"did not end within {wait:g} s after the workers"
+        if not self.finished:
+            told += ", of which none has trained (does the script call `shardline.connect()`?)"
+        self._begin([_Step(wait, SIGTERM, _SHARDS, told), self._kill()], now)
+
+    def _kill(self) -> _Step:
+        wait = self.drain_seconds + SPARE_SECONDS
+        return _Step(wait, SIGKILL, _ALL, f"did not end within {wait:g} s")
+
+    def _blame_early_shards(self, now: float) -> None:
+        """A shard ends with 0 once all workers have left it, which their last records confirm."""
+        if self.failure is not None or self.interrupted is not None:
+            return
+        if not any(each.index not in self.finished for each in self.alive(_WORKERS)):
+            return
+        for process, since in self._early.items():
+            if now - since >= self.notice_seconds:
+                return self._fail(self.exits[process], now, 0)

@@ -1,0 +1,148 @@
+import json
+import math
+import os
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from ps_core.config import Config
+from ps_core.errors import ConfigError
+from shardline import run_directory
+from shardline.local_plan import Launch
+from shardline.processes import ProcessSpec
+from shardline.progress import Totals
+from shardline.run_directory import RunDirectory
+from shardline.supervision import ProcessId
+
+SCRIPT = Path("somewhere/digits.py")
+NOW = 1795251662.7  # 2026-11-21 09:01:02.7 UTC
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_new_folder_is_named_after_time_and_script(tmp_path: Path) -> None:
+    made = run_directory.create("", SCRIPT, NOW)
+    assert made.path == tmp_path / "runs" / "20261121T090102Z-digits"
+    assert made.metrics.read_bytes() == b""
+
+
+def test_runs_that_start_in_the_same_second_get_different_folders() -> None:
+    names = {run_directory.create("", SCRIPT, NOW).path.name for _ in range(3)}
+    first = "20261121T090102Z-digits"
+    assert names == {first, f"{first}-2", f"{first}-3"}
+
+
+def test_a_given_folder_is_made_with_its_parents_or_used_as_it_is(tmp_path: Path) -> None:
+    assert run_directory.create("a/b", SCRIPT, NOW).path == tmp_path / "a" / "b"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("kept")
+    assert run_directory.create("mine", SCRIPT, NOW).path == tmp_path / "mine"
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["cluster.json", "summary.json", "metrics.jsonl"])
+def test_a_folder_with_an_earlier_run_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / name).write_text("old")
+    with pytest.raises(ConfigError, match=f"holds an earlier run .{name}.: choose another"):
+        run_directory.create("old", SCRIPT, NOW)
+    assert [(each.name, each.read_text()) for each in (tmp_path / "old").iterdir()] == [
+        (name, "old")
+    ]
+
+
+@pytest.mark.parametrize("given", ["/dev/full", "/dev/full/x", "/proc/x", "file", "file/x"])
+def test_what_cannot_be_a_folder_is_refused(tmp_path: Path, given: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=f"cannot write to the run directory .*{given}"):
+        run_directory.create(given, SCRIPT, NOW)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        run_directory.create("locked", SCRIPT, NOW)
+
+
+def test_json_is_put_in_place_whole_or_not_at_all(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.write_json("x.json", {"a": 1, "loss": math.nan})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1, "loss": "NaN"}
+    with pytest.raises(TypeError):
+        directory.write_json("x.json", {"a": object()})
+    assert json.loads((tmp_path / "x.json").read_text())["a"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_json_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot write to the run directory .*gone"):
+        RunDirectory(tmp_path / "gone").write_json("x.json", {})
+
+
+def test_cluster_json_says_who_takes_part() -> None:
+    shard = ProcessSpec(ProcessId("shard", 0), ("s",), {}, "127.0.0.1:1", "http://x/metrics")
+    worker = ProcessSpec(ProcessId("worker", 0), ("w",), {})
+    document = run_directory.cluster("digits-3f2a91", NOW, [shard, worker], [11, 12])
+    assert document == {
+        "job_id": "digits-3f2a91",
+        "started": "2026-11-21T09:01:02.700+00:00",
+        "processes": [
+            {
+                "role": "shard",
+                "index": 0,
+                "pid": 11,
+                "address": "127.0.0.1:1",
+                "metrics_url": "http://x/metrics",
+                "log": "shard-0.log",
+            },
+            {
+                "role": "worker",
+                "index": 0,
+                "pid": 12,
+                "address": None,
+                "metrics_url": None,
+                "log": "worker-0.log",
+            },
+        ],
+    }
+
+
+def test_summary_json_says_what_was_done_and_with_what() -> None:
+    launch = Launch(SCRIPT, (), 2, 4, Config())
+    totals = Totals(12, 12, 384, 1000.5, 10, 20, {"accuracy": 0.98}, {"loss": 0.1})
+    document = run_directory.summary(launch, totals, 12.3456, 1)
+    versions = document.pop("versions")
+    assert document == {
+        "strategy": "parameter-server",
+        "mode": "sync",
+        "shards": 2,
+        "workers": 4,
+        "steps": 12,
+        "version": 12,
+        "wall_seconds": 12.346,
+        "samples": 384,
+        "samples_per_second": 1000.5,
+        "pushed_bytes": 10,
+        "pulled_bytes": 20,
+        "reported": {"accuracy": 0.98},
+        "exit_code": 1,
+    }
+    assert isinstance(versions, dict)
+    assert list(versions) == ["shardline", "torch", "grpc", "python"]
+    assert versions["grpc"] == metadata.version("grpcio")
+    assert all(re.match(r"\d+\.\d+", version) for version in versions.values())
+
+
+def test_the_newest_model_is_found(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    assert directory.model() is None
+    for age, name in enumerate(["b.safetensors", "a.safetensors", "c.safetensors"]):
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (100 - age, 100 - age))
+    assert directory.model() == tmp_path / "b.safetensors"
