@@ -23,7 +23,7 @@ def write_model(model: torch.nn.Module, path: Path) -> None:
     for name, tensor in model.state_dict(keep_vars=True).items():
         original = first_name.setdefault(id(tensor), name)
         if original == name:
-            tensors[name] = tensor.detach().cpu().clone()
+            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         else:
             metadata[f"tied.{name}"] = original
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -7,6 +7,7 @@ copied once on the way out and never on the way in; the bytes are those of the g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,12 +18,20 @@ from google.protobuf.message import DecodeError, Message
 from ps_core.errors import MismatchError, ProtocolError
 from ps_core.job import Job
 from ps_core.optim_spec import OPTIMIZERS, Hyperparameters, HyperparameterValue, OptimizerSpec
-from ps_core.plan import ParameterSpec, Part
+from ps_core.plan import ALIGNMENT, ParameterSpec, Part
 from ps_core.tensors import TRAINABLE, bytes_of, from_wire, spec_of, tensor_of, to_wire
 from ps_core.v1 import shard_pb2, tensor_pb2
 
 CHUNK_BYTES = 4 * 2**20
 """Largest piece of a tensor in one message."""
+
+MAX_SHARDS = 2**12
+MAX_PARTS = 2**18
+"""One TiB of parameters in parts of the usual size."""
+_MAX_PLAN_STEPS = 2**26
+"""Bounds the time a plan takes to a few seconds."""
+_MAX_DIMENSIONS = 64
+"""torch's own bound."""
 
 _REQUEST_PART = shard_pb2.ExchangeRequest.PART_FIELD_NUMBER << 3 | 2
 _RESPONSE_PART = shard_pb2.ExchangeResponse.PART_FIELD_NUMBER << 3 | 2
@@ -265,12 +274,33 @@ def decode_job(message: shard_pb2.JobSpec) -> Job:
 
 
 def _check_sizes(message: shard_pb2.JobSpec) -> None:
+    """Refuse what no plan can be made of, before any of its numbers sizes a loop or a list."""
     if not (message.num_workers and message.num_shards and message.parameters):
         raise ProtocolError("a job needs workers, shards and parameters")
     if message.part_bytes < 512 or message.part_bytes % 512 or not message.bucket_bytes:
         raise ProtocolError(f"part_bytes {message.part_bytes} is not a positive multiple of 512")
     if message.optimizer.name not in OPTIMIZERS:
         raise ProtocolError(f"unknown optimizer {message.optimizer.name!r}")
+    if message.num_shards > MAX_SHARDS:
+        raise ProtocolError(f"{message.num_shards} shards are more than {MAX_SHARDS}")
+    total_bytes = sum(map(_padded_bytes, message.parameters))
+    part_bytes = min(message.part_bytes, max(512, total_bytes // message.num_shards))
+    num_parts = total_bytes // part_bytes + len(message.parameters)
+    # A part looks for its shard among all, and for its slices among its bucket's parameters.
+    slices = len(message.parameters) * (min(message.bucket_bytes, total_bytes) // part_bytes + 1)
+    if num_parts > MAX_PARTS or num_parts * message.num_shards + slices > _MAX_PLAN_STEPS:
+        raise ProtocolError(
+            f"{total_bytes} bytes of parameters in parts of {part_bytes} bytes over "
+            f"{message.num_shards} shards are too many pieces: choose larger parts"
+        )
+
+
+def _padded_bytes(message: shard_pb2.ParameterSpec) -> int:
+    """Bytes of a parameter in its bucket, at most. Raises ProtocolError."""
+    tensor = message.tensor
+    if len(tensor.shape) > _MAX_DIMENSIONS:
+        raise ProtocolError(f"parameter {tensor.name!r} has {len(tensor.shape)} dimensions")
+    return (math.prod(tensor.shape) + ALIGNMENT) * from_wire(tensor.dtype).itemsize
 
 
 def _encode_parameter(spec: ParameterSpec) -> shard_pb2.ParameterSpec:

@@ -8,7 +8,13 @@ import torch
 
 from ps_core.buckets import Bucket
 from ps_core.exchange import Meeting, Outcome, Purpose, ReadExtras, Start, StateByParameter, Traffic
-from ps_core.optim_spec import Hyperparameters, OptimizerSpec, build, local_hyperparameters
+from ps_core.optim_spec import (
+    SCALAR_STATE,
+    Hyperparameters,
+    OptimizerSpec,
+    build,
+    local_hyperparameters,
+)
 from ps_core.plan import Plan
 
 
@@ -94,9 +100,9 @@ class LocalExchange:
 
     def write_state(self, state: StateByParameter) -> None:
         """Replace torch's state with copies."""
-        for index, entries in state.items():
+        for index in self._views:
             parameter = self._parameter(index)
             self._optimizer.state[parameter] = {
-                key: value.to(parameter.device if value.dim() else value.device, copy=True)
-                for key, value in entries.items()
+                key: value.to(value.device if key in SCALAR_STATE else parameter.device, copy=True)
+                for key, value in state.get(index, {}).items()
             }

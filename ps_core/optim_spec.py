@@ -31,10 +31,15 @@ OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
 }
 """Elementwise optimizers: updating slices of a parameter one by one equals updating it whole."""
 
+SCALAR_STATE = frozenset({"step", "mu_product"})
+"""torch.optim's state entries that are one number per parameter; all others have its shape."""
+
 _FUSED = frozenset({"SGD", "Adam", "AdamW", "Adagrad"})
 _HALF = frozenset({torch.float16, torch.bfloat16})
 _WHERE_ONLY = frozenset({"capturable"})
 """Says where a step runs, not what it computes: meaningless on a shard."""
+_KERNELS = frozenset({"foreach", "fused"})
+"""Say how a step is computed: absent until the user chooses, also by loading another's state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,9 @@ def _plain(key: str, value: object) -> HyperparameterValue:
 
 
 def same_kind(declared: Sequence[Hyperparameters], given: Sequence[Hyperparameters]) -> bool:
-    """Whether `given` has the groups, keywords and types of `declared`, whatever the values."""
+    """Whether `given` has the groups, keywords and types of `declared`, whatever the values; a
+    choice of kernel may come and go.
+    """
     return [_kinds(group) for group in declared] == [_kinds(group) for group in given]
 
 
@@ -93,6 +100,7 @@ def _kinds(group: Hyperparameters) -> dict[str, object]:
     return {
         key: len(value) if isinstance(value, tuple) else isinstance(value, bool)
         for key, value in group.items()
+        if key not in _KERNELS
     }
 
 

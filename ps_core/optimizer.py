@@ -5,7 +5,7 @@ parameters.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from ps_core.buckets import Bucket
 from ps_core.errors import NonFiniteError, UsageError
 from ps_core.exchange import Exchange, OptimizerState, Outcome, Peers, Purpose
-from ps_core.optim_spec import read_groups
+from ps_core.optim_spec import SCALAR_STATE, read_groups
 from ps_core.plan import Plan
 
 
@@ -149,15 +149,33 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         """
         super().load_state_dict({**state_dict, "state": {}})
         self._inner.param_groups = self.param_groups
-        indices = {position: index for index, position in enumerate(self._torch_indices)}
+        given = {int(key): entries for key, entries in state_dict["state"].items()}
         state = {
-            indices[int(key)]: {
-                name: value for name, value in entries.items() if isinstance(value, torch.Tensor)
-            }
-            for key, entries in state_dict["state"].items()
+            index: self._own_state(index, given[position])
+            for index, position in enumerate(self._torch_indices)
+            if position in given
         }
         self._exchange.write_state(state)
         self._exchange.meet(Purpose.LOAD, self.next_step)
+
+    def _own_state(self, index: int, entries: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """A parameter's state entries with its own shape and dtype, which only "step" does not take
+        (torch's rule).
+        """
+        spec = self._plan.parameters[index]
+        own = {}
+        for key, value in entries.items():
+            if key == "step":
+                own[key] = torch.as_tensor(value, dtype=torch.float32)
+            elif isinstance(value, torch.Tensor):
+                if tuple(value.shape) != (() if key in SCALAR_STATE else spec.shape):
+                    raise UsageError(
+                        f"{key} of parameter {spec.name} has shape {list(value.shape)} in the "
+                        f"state_dict, and {list(spec.shape)} is needed: load the state of an "
+                        "optimizer over the same parameters in the same order"
+                    )
+                own[key] = value.to(spec.dtype)
+        return own
 
     def _collect(self) -> bool:
         """Fill the buckets; False: this worker abstains from the step."""

@@ -29,18 +29,19 @@ class LeadLink:
         self._node = node
         self._address = address
         self._config = config
-        self._outgoing: asyncio.Queue[lead_pb2.ControlRequest] = asyncio.Queue()
-        self._squares: lead_pb2.ControlRequest | None = None
+        self._outgoing: asyncio.Queue[lead_pb2.ControlRequest | None] = asyncio.Queue()
+        self._said: dict[type[Squares | Failed], lead_pb2.ControlRequest] = {}
         self._lead_incarnation = 0
 
     def report(self, message: Squares | Failed) -> None:
         """Tell the lead. Does not block."""
         if isinstance(message, Squares):
             squares = lead_pb2.Squares(step=message.step, total=message.total)
-            request = self._squares = lead_pb2.ControlRequest(squares=squares)
+            request = lead_pb2.ControlRequest(squares=squares)
         else:
             failure = lead_pb2.Failure(reason=message.reason)
             request = lead_pb2.ControlRequest(failure=failure)
+        self._said[type(message)] = request
         self._outgoing.put_nowait(request)
 
     async def run(self) -> None:
@@ -57,30 +58,42 @@ class LeadLink:
                     self._give_up(patience)
                 except grpc.aio.AioRpcError as error:
                     self._handle(error_from(error.code(), error.details() or ""))
+                except ShardlineError as error:
+                    self._node.end(error)
                 patience = self._config.reconnect_seconds
                 await asyncio.sleep(random.uniform(0.05, 0.25))  # noqa: S311 - jitter, not a secret
 
     async def _serve(self, channel: grpc.aio.Channel) -> None:
-        call = stream_stream(channel, LEAD_SERVICE, "Control")(self._requests())
-        async for frame in call:
-            message = parse(lead_pb2.ControlResponse, frame)
-            if message.HasField("welcome"):
-                self._lead_incarnation = message.welcome.lead_incarnation
-            order = decode_order(message)
-            if order is not None:
-                self._node.obey(order)
+        outgoing = self._outgoing = asyncio.Queue()
+        call = stream_stream(channel, LEAD_SERVICE, "Control")(self._requests(outgoing))
+        try:
+            async for frame in call:
+                self._obey(parse(lead_pb2.ControlResponse, frame))
+        finally:
+            # gRPC goes on asking for requests after the call has ended.
+            outgoing.put_nowait(None)
 
-    async def _requests(self) -> AsyncIterator[lead_pb2.ControlRequest]:
+    def _obey(self, message: lead_pb2.ControlResponse) -> None:
+        if message.HasField("welcome"):
+            self._lead_incarnation = message.welcome.lead_incarnation
+        order = decode_order(message)
+        if order is not None:
+            self._node.obey(order)
+
+    async def _requests(
+        self, outgoing: asyncio.Queue[lead_pb2.ControlRequest | None]
+    ) -> AsyncIterator[lead_pb2.ControlRequest]:
+        has_job = self._node.shard is not None  # until then a restart of the lead loses nothing
         hello = lead_pb2.ShardHello(
             shard=self._node.index,
             incarnation=self._node.incarnation,
-            expected_lead_incarnation=self._lead_incarnation,
+            expected_lead_incarnation=self._lead_incarnation if has_job else 0,
         )
         yield lead_pb2.ControlRequest(hello=hello)
-        if self._squares is not None:
-            yield self._squares  # the last stream may have broken under it; the lead knows repeats
-        while True:
-            yield await self._outgoing.get()
+        for request in tuple(self._said.values()):
+            yield request  # the last stream may have broken under it; the lead knows repeats
+        while (said := await outgoing.get()) is not None:
+            yield said
 
     def _handle(self, error: ShardlineError) -> None:
         if isinstance(error, ShardUnreachableError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -16,9 +18,10 @@ from ps_core.errors import (
     MismatchError,
     ProtocolError,
     ShardlineError,
+    UsageError,
 )
 from ps_core.exchange import Purpose
-from ps_core.job import Job, first_difference
+from ps_core.job import PROTOCOL, Job, first_difference
 from ps_core.metrics import ShardMetrics
 from ps_core.v1 import shard_pb2, tensor_pb2
 from ps_server import shard as effects
@@ -33,6 +36,9 @@ log = logging.getLogger(__name__)
 
 Report = Callable[[effects.Squares | Failed], None]
 """Tells the lead, wherever it is."""
+
+
+_MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Node:
@@ -73,8 +79,8 @@ class Node:
         job, rank = self._agree(request), request.worker.rank
         if rank >= job.num_workers:
             raise MismatchError(f"worker {rank} joins a job of {job.num_workers} workers")
-        peer = self.roster.admit(request.worker, request.pid, request.host)
         deadline = time.monotonic() + self._config.membership.join_timeout_seconds
+        peer = self.roster.admit(request.worker, request.pid, request.host, deadline)
         first = self.office is not None and self.office.join(job, rank, peer.incarnation, deadline)
         log.info("worker %d joined (%s)", rank, peer)
         return shard_pb2.JoinResponse(
@@ -87,12 +93,10 @@ class Node:
             raise MismatchError(
                 f"this is shard {self.index}, not {request.shard}: list the shards in index order"
             )
+        self._check_configured(request.job)
         theirs = codec.decode_job(request.job)
         if self.shard is None:
-            self._check_configured("job id", self._config.job.id, theirs.job_id)
-            num_shards = len(self._config.cluster.shards) or 1
-            self._check_configured("number of shards", num_shards, theirs.num_shards)
-            self.shard = Shard(theirs, self.index)
+            self.shard = self._make_shard(theirs)
             self._metrics.set_parameters(self.shard.num_bytes)
         difference = first_difference(self.shard.job, theirs)
         if difference is not None:
@@ -102,11 +106,28 @@ class Node:
             )
         return self.shard.job
 
-    def _check_configured(self, what: str, mine: object, theirs: object) -> None:
-        if mine != theirs:
+    def _check_configured(self, theirs: shard_pb2.JobSpec) -> None:
+        """What the shard knows about the job before its first worker comes."""
+        num_shards = len(self._config.cluster.shards) or 1
+        for what, here, there in (
+            ("protocol", PROTOCOL, theirs.protocol),
+            ("job id", self._config.job.id, theirs.job_id),
+            ("number of shards", num_shards, theirs.num_shards),
+            ("mode", self._config.consistency.mode, theirs.mode),
+        ):
+            if here != there:
+                raise MismatchError(
+                    f"{what} is {here!r} on shard {self.index} and {there!r} on the worker"
+                )
+
+    def _make_shard(self, job: Job) -> Shard:
+        num_bytes = sum(part.num_bytes for part in job.plan.parts_of_shard(self.index))
+        if num_bytes > _MEMORY_BYTES:
             raise MismatchError(
-                f"{what} is {mine!r} on shard {self.index} and {theirs!r} on the worker"
+                f"shard {self.index} would hold {num_bytes / 2**30:.1f} GiB of parameters on a "
+                f"machine with {_MEMORY_BYTES / 2**30:.1f} GiB of memory: use more shards"
             )
+        return Shard(job, self.index)
 
     def identify(self, worker: shard_pb2.WorkerId) -> int:
         """The rank of a worker that has joined. Raises MismatchError, or JobFailedError after the
@@ -149,9 +170,15 @@ class Node:
             case "idle":
                 self._lead().idle(rank)
             case "meet":
-                self._lead().meet(rank, _decode_meet(request.meet))
+                self._meet(rank, _decode_meet(request.meet))
             case other:
                 raise ProtocolError(f"worker {rank} sends {other} on an open stream")
+
+    def _meet(self, rank: int, arrival: Arrival) -> None:
+        try:
+            self._lead().meet(rank, arrival)
+        except UsageError as error:  # as a status it would be a failure of this shard
+            raise MismatchError(str(error)) from error
 
     def _push(self, rank: int, message: PartFrame | tensor_pb2.Part) -> None:
         shard = self._joined_shard()
@@ -235,9 +262,9 @@ class Node:
         """Let time pass: lost workers, rates, the lead's deadlines."""
         now = time.monotonic()
         for rank in self.roster.lost(now):
-            died = (
-                f"worker {rank} ({self.roster[rank]}) died: its stream to shard {self.index} closed"
-            )
+            peer = self.roster[rank]
+            end = "closed" if peer.opened else "was never opened"
+            died = f"worker {rank} ({peer}) died: its stream to shard {self.index} {end}"
             self.report(Failed(died))
         elapsed, self._ticked = now - self._ticked, now
         self.roster.update_rates(elapsed)
@@ -254,10 +281,16 @@ class Node:
 
     def stop(self) -> None:
         """This process was told to stop before the job has ended. Idempotent."""
-        if self.ended.is_set():
-            return
-        self.stopped = True
-        reason = f"shard {self.index} was stopped"
+        if not self.ended.is_set():
+            self.stopped = True
+            self._give_up(f"shard {self.index} was stopped")
+
+    def crash(self, error: BaseException) -> None:
+        """This process cannot go on because of a bug."""
+        if not self.ended.is_set():
+            self._give_up(f"shard {self.index} failed: {type(error).__name__}: {error}")
+
+    def _give_up(self, reason: str) -> None:
         self.report(Failed(reason))
         self.end(JobFailedError(reason))
 
@@ -269,7 +302,6 @@ class Node:
         self._show_progress()
         self.ended.set()
         if failure is not None:
-            log.error("the job failed: %s", failure)
             self.roster.end_streams(failure)
 
     def _check_alive(self) -> None:
@@ -292,4 +324,6 @@ def _decode_meet(message: shard_pb2.Meet) -> Arrival:
         purpose = Purpose(message.purpose)
     except ValueError as error:
         raise ProtocolError(f"unknown purpose {message.purpose} of a meeting") from error
+    if not 0 <= message.weight < math.inf:
+        raise ProtocolError(f"numbers cannot be averaged with weight {message.weight}")
     return Arrival(purpose, message.step, tuple(message.values), message.weight)

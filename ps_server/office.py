@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ps_core.errors import DataLossError, ProtocolError, ShardlineError
+from ps_core.errors import DataLossError, MismatchError, ProtocolError, ShardlineError
 from ps_core.job import Job
 from ps_core.v1 import lead_pb2
 from ps_server import lead
@@ -22,6 +22,7 @@ class Office:
     def __init__(
         self,
         incarnation: int,
+        num_shards: int,
         grace_seconds: float,
         obey: Callable[[Order], None],
         answer: Callable[[Met], None],
@@ -30,6 +31,7 @@ class Office:
         decided.
         """
         self._incarnation = incarnation
+        self._num_shards = num_shards
         self._obey = obey
         self._answer = answer
         self._lead: Lead | None = None
@@ -66,7 +68,10 @@ class Office:
 
     def squares(self, shard: int, step: int, total: float) -> None:
         """A shard's share of the squared norm."""
-        self._perform(self._joined().squares(shard, step, total))
+        joined = self._joined()
+        if joined.max_grad_norm is None:
+            raise ProtocolError(f"shard {shard} sends squares, but nothing is clipped")
+        self._perform(joined.squares(shard, step, total))
 
     def fail(self, reason: str) -> None:
         """The job cannot go on."""
@@ -82,17 +87,19 @@ class Office:
             self._perform(self._lead.tick(now))
 
     def open_control(self, hello: lead_pb2.ShardHello) -> Outbox:
-        """A shard opens its stream. Raises DataLossError when it, or this lead, is not the one that
-        the other knew.
+        """A shard opens its stream. Raises MismatchError for one that the job does not have, and
+        DataLossError when it, or this lead, is not the one that the other knew.
         """
+        if not 0 < hello.shard < self._num_shards:
+            raise MismatchError(
+                f"shard {hello.shard} has no place beside the lead among {self._num_shards} shards:"
+                " list the same shards everywhere"
+            )
         if hello.expected_lead_incarnation not in (0, self._incarnation):
             raise DataLossError(
                 "the lead (shard 0) restarted and lost its state: start the job again"
             )
-        if self._shards.setdefault(hello.shard, hello.incarnation) != hello.incarnation:
-            raise DataLossError(
-                f"shard {hello.shard} restarted and lost its state: start the job again"
-            )
+        self._check_same(hello.shard, hello.incarnation)
         outbox = self._controls[hello.shard] = Outbox()
         self._liveness.opened(hello.shard)
         welcome = lead_pb2.Welcome(lead_incarnation=self._incarnation)
@@ -100,6 +107,18 @@ class Office:
         for message in self._last.values():
             outbox.put(message)
         return outbox
+
+    def _check_same(self, shard: int, incarnation: int) -> None:
+        """Refuse a shard that is not the process it was, once it has had state to lose."""
+        known = self._shards.get(shard, incarnation)
+        if known == incarnation or self._lead is None:
+            self._shards[shard] = incarnation
+            return
+        if shard in self._controls:
+            raise MismatchError(f"shard {shard} runs already, as another process")
+        reason = f"shard {shard} restarted and lost its state: start the job again"
+        self.fail(reason)
+        raise DataLossError(reason)
 
     def close_control(self, shard: int, outbox: Outbox, now: float) -> None:
         """A shard's stream has ended."""

@@ -7,7 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ps_core.errors import MismatchError, ProtocolError
-from ps_core.optim_spec import Hyperparameters, OptimizerSpec, build, local_hyperparameters
+from ps_core.optim_spec import (
+    SCALAR_STATE,
+    Hyperparameters,
+    OptimizerSpec,
+    build,
+    local_hyperparameters,
+)
 from ps_core.plan import Part
 
 
@@ -53,10 +59,10 @@ class PartOptimizer:
         """Replace one state tensor, which becomes this optimizer's. Raises ProtocolError."""
         if not 0 <= index < len(self._slices):
             raise ProtocolError(f"state for slice {index} of a part with {len(self._slices)}")
-        if value.dim() and value.shape != self._slices[index].shape:
+        length = self._slices[index].shape
+        if value.shape != (torch.Size() if key in SCALAR_STATE else length):
             raise ProtocolError(
-                f"state {key} has shape {list(value.shape)} for a slice of "
-                f"{list(self._slices[index].shape)}"
+                f"state {key} has shape {list(value.shape)} for a slice of {list(length)}"
             )
         self._optimizer.state[self._slices[index]][key] = value
 

@@ -63,9 +63,9 @@ def is_complete(consistency: Consistency, acted: Collection[int], members: Colle
     """
     if not acted:
         return False
-    if consistency.quorum is None or consistency.quorum >= len(members):
-        return set(members) <= set(acted)
-    return len(set(acted)) >= consistency.quorum
+    if set(members) <= set(acted):
+        return True
+    return consistency.quorum is not None and len(set(acted)) >= consistency.quorum
 
 
 def may_continue(consistency: Consistency, clock: int, live_clocks: Collection[int]) -> bool:

@@ -35,6 +35,8 @@ class Peer:
     pid: int
     host: str
     outbox: Outbox | None = None
+    opened: bool = False
+    """It has had a stream."""
     left: bool = False
     received_bytes: int = 0
     sent_bytes: int = 0
@@ -58,11 +60,14 @@ class Roster:
     def __iter__(self) -> Iterator[tuple[int, Peer]]:
         return iter(sorted(self._peers.items()))
 
-    def admit(self, worker: shard_pb2.WorkerId, pid: int, host: str) -> Peer:
-        """Note a worker; the same process may come again. Raises MismatchError when the rank is
-        taken.
+    def admit(self, worker: shard_pb2.WorkerId, pid: int, host: str, deadline: float) -> Peer:
+        """Note a worker, which is lost unless it opens its stream soon after `deadline`. The same
+        process may come again. Raises MismatchError when the rank is taken.
         """
-        peer = self._peers.setdefault(worker.rank, Peer(worker.incarnation, pid, host))
+        peer = self._peers.get(worker.rank)
+        if peer is None:
+            peer = self._peers[worker.rank] = Peer(worker.incarnation, pid, host)
+            self._liveness.closed(worker.rank, deadline)
         if peer.incarnation != worker.incarnation:
             raise MismatchError(
                 f"worker {worker.rank} has joined already ({peer}): give every worker its own rank"
@@ -82,7 +87,7 @@ class Roster:
         peer = self._peers[rank]
         if peer.outbox is not None:
             peer.outbox.fail(JobFailedError(f"worker {rank} opened another stream"))
-        peer.outbox = Outbox()
+        peer.outbox, peer.opened = Outbox(), True
         self._liveness.opened(rank)
         return rank, peer.outbox
 

@@ -49,14 +49,16 @@ async def _serve(config: Config, announce: Callable[[str], None], metrics_url: s
         (SHARD_SERVICE, ShardService(node, metrics))
     ]
     if config.server.index == 0:
+        num_shards = len(config.cluster.shards)
+        grace_seconds = config.rpc.reconnect_seconds
         node.office = Office(
-            node.incarnation, config.rpc.reconnect_seconds, node.obey, node.answer_meeting
+            node.incarnation, num_shards, grace_seconds, node.obey, node.answer_meeting
         )
         node.report = _report_to(node.office)
         servicers.append((LEAD_SERVICE, LeadService(node.office, metrics)))
     server = build_server(listen_address(config), servicers, config.rpc)
     _stop_on_signals(node)
-    async with _background(_tick(node)), _link_to_lead(node, config):
+    async with _background(node, _tick(node)), _link_to_lead(node, config):
         await server.start()
         announce(f"shard {node.index} listens on port {server.port}, metrics at {metrics_url}")
         await node.ended.wait()
@@ -82,15 +84,28 @@ async def _tick(node: Node) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
-    """Run `work` beside the block, and cancel it at the end."""
-    task = asyncio.create_task(work)
+async def _background(
+    node: Node, work: Coroutine[None, None, None], patience_seconds: float = 0
+) -> AsyncIterator[None]:
+    """Run `work` beside the block; at the end give it `patience_seconds`, then cancel it. An error
+    in it ends the node: nothing else would notice.
+    """
+    task = asyncio.create_task(_guarded(node, work))
     try:
         yield
     finally:
+        await asyncio.wait({task}, timeout=patience_seconds)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+
+
+async def _guarded(node: Node, work: Coroutine[None, None, None]) -> None:
+    try:
+        await work
+    except Exception as error:
+        log.exception("a task ended with an error that nobody foresaw")
+        node.crash(error)
 
 
 def _link_to_lead(node: Node, config: Config) -> contextlib.AbstractAsyncContextManager[None]:
@@ -98,7 +113,8 @@ def _link_to_lead(node: Node, config: Config) -> contextlib.AbstractAsyncContext
         return contextlib.nullcontext()
     link = LeadLink(node, shard_address(config, 0), config.rpc)
     node.report = link.report
-    return _background(link.run())
+    # When this shard was told to stop, its word must reach the lead before the link closes.
+    return _background(node, link.run(), config.rpc.drain_seconds)
 
 
 def _stop_on_signals(node: Node) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -24,8 +25,14 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Callable[[Any, Any, Context], Awaitable[Any]]
 
 
+log = logging.getLogger(__name__)
+
+_MAX_DETAILS_BYTES = 2000
+"""gRPC drops a status whose text, up to three bytes for each of these, is above 8 KiB."""
+
+
 def _takes(decode: Callable[[bytes], Any]) -> Callable[[Handler], Handler]:
-    """Turns a handler of decoded requests into one of bytes, whose ShardlineErrors end the call."""
+    """Turns a handler of decoded requests into one of bytes, whose errors end the call."""
 
     def decorate(handler: Handler) -> Handler:
         @functools.wraps(handler)
@@ -37,12 +44,21 @@ def _takes(decode: Callable[[bytes], Any]) -> Callable[[Handler], Handler]:
                     decoded = _decode_all(decode, request)
                 return await handler(self, decoded, context)
             except ShardlineError as error:
-                self.metrics.refused(status_of(error).name)
-                await context.abort(status_of(error), str(error))
+                failure = error
+            except Exception as error:
+                # Without this gRPC would answer UNKNOWN, which no peer can tell from its own bugs.
+                log.exception("a call ended with an error that nobody foresaw")
+                failure = ShardlineError(f"the shard failed: {type(error).__name__}: {error}")
+            self.metrics.refused(status_of(failure).name)
+            await context.abort(status_of(failure), _details(failure))
 
         return handle
 
     return decorate
+
+
+def _details(error: ShardlineError) -> str:
+    return str(error).encode()[:_MAX_DETAILS_BYTES].decode(errors="ignore")
 
 
 def _message(kind: type[Message]) -> Callable[[bytes], Message]:

@@ -23,6 +23,9 @@ def load(shard: Shard, buffers: Buffers, request: shard_pb2.LoadRequest) -> None
             shard.load(part.index, codec.decode_elements(request.part, part))
         case "state":
             _load_state(shard, request.state)
+        case "clear_state":
+            for part_state in shard.parts.values():
+                part_state.optimizer.clear_state()
         case "buffer":
             chunk = request.buffer
             if chunk.offset_bytes == 0:

@@ -8,13 +8,19 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
 from ps_core.codec import PartFrame, decode_response
 from ps_core.config import Config, RpcConfig
-from ps_core.errors import DataLossError, ShardlineError, ShardUnreachableError, error_from
+from ps_core.errors import (
+    DataLossError,
+    JobFailedError,
+    ShardlineError,
+    ShardUnreachableError,
+    error_from,
+)
 from ps_core.rpc import (
     SHARD_SERVICE,
     open_channel,
@@ -30,6 +36,15 @@ log = logging.getLogger(__name__)
 _QUIET_SECONDS = 2.0
 """How long a shard may take to come up before the worker says that it waits."""
 
+_MAX_REASON_CHARACTERS = 2000
+"""Of a worker's last word: a script's error may hold a whole tensor."""
+
+
+class Fail(Protocol):
+    """Told the reason why a stream broke, and before that, not `final`, a symptom."""
+
+    def __call__(self, failure: ShardlineError, *, final: bool = True) -> None: ...
+
 
 def describe(address: str, config: RpcConfig) -> shard_pb2.DescribeResponse:
     """What the shard at `address` says about itself. Raises ShardUnreachableError within the call
@@ -38,24 +53,25 @@ def describe(address: str, config: RpcConfig) -> shard_pb2.DescribeResponse:
     with open_channel(address, config) as channel:
         call = unary_unary(channel, SHARD_SERVICE, "Describe")
         response: shard_pb2.DescribeResponse = _unary(
-            call, shard_pb2.DescribeRequest(), address, config.call_timeout_seconds
+            call, shard_pb2.DescribeRequest(), f"shard at {address}", config.call_timeout_seconds
         )
         return response
 
 
-def _unary(call: Any, request: Any, address: str, timeout_seconds: float) -> Any:
+def _unary(call: Any, request: Any, shard: str, timeout_seconds: float) -> Any:
     try:
         return call(request, timeout=timeout_seconds)
     except grpc.RpcError as error:
-        raise _translate(error, address) from error
+        raise _translate(error, shard) from error
 
 
-def _translate(error: grpc.RpcError, address: str) -> ShardlineError:
-    """The error of a call that failed; one that names the address when the shard did not answer."""
+def _translate(error: grpc.RpcError, shard: str) -> ShardlineError:
+    """The error of a call that failed; one that names the shard when it did not answer."""
     code, details = error.code(), error.details() or ""
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return ShardUnreachableError(f"no answer from the shard at {address} ({details})")
-    return error_from(code, details)
+    failure = error_from(code, details)
+    if isinstance(failure, ShardUnreachableError) or code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return ShardUnreachableError(f"no answer from {shard} ({details})")
+    return failure
 
 
 class ShardClient:
@@ -75,7 +91,9 @@ class ShardClient:
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._reader: threading.Thread | None = None
         self._call: Any = None
+        self._question: Any = None
         self._closing = False
+        self._gone = False
 
     def __str__(self) -> str:
         return f"shard {self.index} at {self.address}"
@@ -112,8 +130,12 @@ class ShardClient:
         return bool(response.gives_initial_values)
 
     def leave(self, failure: str) -> None:
-        """Say goodbye: finished, or failed for a reason."""
-        self._call_unary("Leave", shard_pb2.LeaveRequest(worker=self._worker, failure=failure))
+        """Say goodbye: finished, or failed for a reason. Nobody listens once the shard has died or
+        has ended the job.
+        """
+        if not self._gone:
+            reason = failure[:_MAX_REASON_CHARACTERS]
+            self._call_unary("Leave", shard_pb2.LeaveRequest(worker=self._worker, failure=reason))
 
     def load(self, messages: Iterable[shard_pb2.LoadRequest | bytes]) -> None:
         """Give the shard values."""
@@ -135,12 +157,10 @@ class ShardClient:
             raise _translate(error, str(self)) from error
 
     def open(
-        self,
-        receive: Callable[[PartFrame | shard_pb2.ExchangeResponse], None],
-        fail: Callable[[ShardlineError], None],
+        self, receive: Callable[[PartFrame | shard_pb2.ExchangeResponse], None], fail: Fail
     ) -> None:
         """Open the stream. A thread of this client calls `receive` for each message, and `fail`
-        once if it breaks.
+        when it breaks: with the symptom if the reason takes time to find, then with the reason.
         """
         self.send(shard_pb2.ExchangeRequest(hello=shard_pb2.Hello(worker=self._worker)))
         requests = iter(self._outgoing.get, None)
@@ -158,6 +178,8 @@ class ShardClient:
         """Finish the stream, wait a bounded time for it to end, and close the channel."""
         self._closing = True
         self._outgoing.put(None)
+        if self._question is not None:
+            self._question.cancel()
         if self._reader is not None:
             self._reader.join(self._config.drain_seconds)
             self._call.cancel()
@@ -169,36 +191,43 @@ class ShardClient:
         return _unary(call, request, str(self), self._config.call_timeout_seconds)
 
     def _read(
-        self,
-        receive: Callable[[PartFrame | shard_pb2.ExchangeResponse], None],
-        fail: Callable[[ShardlineError], None],
+        self, receive: Callable[[PartFrame | shard_pb2.ExchangeResponse], None], fail: Fail
     ) -> None:
+        failure: ShardlineError
         try:
             for frame in self._call:
                 receive(decode_response(frame))
+            failure = ShardUnreachableError(f"{self} ended the stream")
         except ShardlineError as error:
-            fail(error)
+            failure = error
         except grpc.RpcError as error:
-            fail(self._diagnose(error))
+            failure = _translate(error, str(self))
+            if isinstance(failure, ShardUnreachableError) and not self._closing:
+                fail(failure, final=False)
+                failure = self._diagnose(error.details())
+            self._gone = isinstance(failure, (ShardUnreachableError, DataLossError, JobFailedError))
+        except Exception as error:
+            # The training thread waits for this one: it must not end in silence.
+            log.exception("a bug in shardline, or in torch")
+            failure = ShardlineError(f"an answer of {self}: {type(error).__name__}: {error}")
+        if not self._closing:
+            fail(failure)
 
-    def _diagnose(self, error: grpc.RpcError) -> ShardlineError:
-        """Why the stream broke: the shard said so, or it is asked whether it is still the one it
-        was.
-        """
-        broken = _translate(error, str(self))
-        if self._closing or not isinstance(broken, ShardUnreachableError):
-            return broken
-        call = unary_unary(self._channel, SHARD_SERVICE, "Describe")
+    def _diagnose(self, symptom: str | None) -> ShardlineError:
+        """Why the stream broke: the shard is asked whether it is still the one it was."""
+        self._question = unary_unary(self._channel, SHARD_SERVICE, "Describe").future(
+            shard_pb2.DescribeRequest(),
+            timeout=max(self._config.reconnect_seconds, 0.1),
+            wait_for_ready=True,
+        )
         try:
-            now = call(
-                shard_pb2.DescribeRequest(),
-                timeout=max(self._config.reconnect_seconds, 0.1),
-                wait_for_ready=True,
-            )
-        except grpc.RpcError:
+            now = self._question.result()
+        except (grpc.RpcError, grpc.FutureCancelledError):
             return ShardUnreachableError(
-                f"{self} died or cannot be reached any more: its stream broke ({broken})"
+                f"{self} died or cannot be reached any more: the stream broke ({symptom})"
             )
         if now.incarnation != self._incarnation:
             return DataLossError(f"{self} restarted and lost its state: start the job again")
-        return ShardUnreachableError(f"the stream to {self} broke ({now.reason or broken})")
+        if now.reason:
+            return JobFailedError(now.reason)
+        return ShardUnreachableError(f"the stream to {self} broke ({symptom})")

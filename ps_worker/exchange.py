@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -11,11 +11,11 @@ from ps_core import codec
 from ps_core.buckets import Bucket
 from ps_core.codec import PartFrame
 from ps_core.config import Config
-from ps_core.errors import JobFailedError, ProtocolError, ShardlineError
+from ps_core.errors import JobFailedError, MismatchError, ProtocolError, ShardlineError
 from ps_core.exchange import Meeting, Outcome, Purpose, ReadExtras, Start, StateByParameter, Traffic
 from ps_core.job import Job
 from ps_core.metrics import WorkerMetrics
-from ps_core.optim_spec import Hyperparameters, OptimizerSpec
+from ps_core.optim_spec import SCALAR_STATE, Hyperparameters, OptimizerSpec
 from ps_core.plan import Part, Plan
 from ps_core.v1 import shard_pb2, tensor_pb2
 from ps_worker.client import ShardClient
@@ -93,7 +93,10 @@ class ParameterServerExchange:
         )
 
     def begin(self, step: int, samples: int, hyperparameters: Sequence[Hyperparameters]) -> None:
-        """Tell every shard; an abstaining worker is owed every part's answer at once."""
+        """Tell every shard that holds parts, which answers all of them, also to one that abstains.
+
+        A shard without parts has no answer to wait for: what it heard could be overtaken by news.
+        """
         self._abstained = samples == 0
         self._inbox.expect(part.index for part in self._plan.parts)
         begin = shard_pb2.Begin(
@@ -102,8 +105,8 @@ class ParameterServerExchange:
             samples=samples,
             groups=codec.encode_groups(hyperparameters),
         )
-        for client in self._clients:
-            client.send(shard_pb2.ExchangeRequest(begin=begin))
+        for shard in {part.shard for part in self._plan.parts}:
+            self._clients[shard].send(shard_pb2.ExchangeRequest(begin=begin))
 
     def submit(self, bucket: Bucket, step: int) -> None:
         """Queue the bucket's parts for their shards; copies the gradients once."""
@@ -177,7 +180,7 @@ class ParameterServerExchange:
         state: dict[int, dict[str, torch.Tensor]] = {i: {} for i in self._positions}
         versions = set()
         for client in self._clients:
-            for response in client.pull(shard_pb2.CONTENT_STATE):
+            for response in self._pull(client, shard_pb2.CONTENT_STATE):
                 if response.WhichOneof("message") == "version":
                     versions.add(response.version)
                 else:
@@ -206,13 +209,14 @@ class ParameterServerExchange:
         """Send each shard its slices; only the chosen worker's count, all others return at once."""
         if self._chosen:
             for client in self._clients:
-                client.load(self._cut_state(client.index, state))
+                self._load(client, self._cut_state(client.index, state))
 
     def _cut_state(self, shard: int, state: StateByParameter) -> Iterator[shard_pb2.LoadRequest]:
+        yield shard_pb2.LoadRequest(clear_state=True)
         for part in self._plan.parts_of_shard(shard):
             for number, piece in enumerate(part.slices):
                 for key, value in state.get(piece.parameter, {}).items():
-                    if value.dim():
+                    if key not in SCALAR_STATE:
                         value = value.reshape(-1)[piece.start : piece.start + piece.length]
                     message = codec.encode_state(part.index, number, key, value.cpu())
                     yield shard_pb2.LoadRequest(state=message)
@@ -221,9 +225,10 @@ class ParameterServerExchange:
 
     def _load_initial(self) -> None:
         for client in self._clients:
-            client.load(
-                codec.encode_initial(part, self._buckets[part.bucket].host_parameters)
-                for part in self._plan.parts_of_shard(client.index)
+            parts = self._plan.parts_of_shard(client.index)
+            self._load(
+                client,
+                (codec.encode_initial(p, self._buckets[p.bucket].host_parameters) for p in parts),
             )
         self._load_extras()
 
@@ -234,15 +239,26 @@ class ParameterServerExchange:
             mark = (tensor.data_ptr(), tensor._version)
             if self._kept_extras.get(name) != mark:
                 self._kept_extras[name], changed[name] = mark, tensor
-        self._clients[0].load(
+        chunks = (
             shard_pb2.LoadRequest(buffer=chunk)
             for name, tensor in changed.items()
             for chunk in codec.encode_chunks(name, tensor.detach().cpu())
         )
+        self._load(self._clients[0], chunks)
+
+    def _load(self, client: ShardClient, messages: Iterable[shard_pb2.LoadRequest | bytes]) -> None:
+        with self._inbox.explaining(2 * self._config.rpc.reconnect_seconds):
+            client.load(messages)
+
+    def _pull(
+        self, client: ShardClient, content: shard_pb2.Content
+    ) -> Iterator[shard_pb2.PullResponse]:
+        with self._inbox.explaining(2 * self._config.rpc.reconnect_seconds):
+            yield from client.pull(content)
 
     def _pull_parameters(self) -> None:
         for client in self._clients:
-            for response in client.pull(shard_pb2.CONTENT_PARAMETERS):
+            for response in self._pull(client, shard_pb2.CONTENT_PARAMETERS):
                 if response.WhichOneof("message") == "part":
                     self._write(client.index, response.part)
         for bucket in self._buckets:
@@ -250,15 +266,23 @@ class ParameterServerExchange:
 
     def _pull_extras(self) -> None:
         extras = self._extras()
-        received = {name: torch.empty_like(t, device="cpu") for name, t in extras.items()}
-        for response in self._clients[0].pull(shard_pb2.CONTENT_BUFFERS):
+        received = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in extras.items()}
+        missing = set(received)
+        for response in self._pull(self._clients[0], shard_pb2.CONTENT_BUFFERS):
             if response.WhichOneof("message") == "buffer":
                 name = response.buffer.spec.name
                 if name not in received:
-                    raise ProtocolError(
-                        f"the job has a buffer {name!r} that this worker's model lacks"
+                    raise MismatchError(
+                        f"the job's model has {name!r}, which this worker's model lacks: build "
+                        "the same model on every worker"
                     )
                 codec.write_chunk(response.buffer, received[name])
+                missing.discard(name)
+        if missing:
+            raise MismatchError(
+                f"this worker's model has {sorted(missing)}, which the job's model lacks: build "
+                "the same model on every worker"
+            )
         with torch.no_grad():
             for name, tensor in extras.items():
                 tensor.copy_(received[name])

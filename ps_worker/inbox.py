@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
-from ps_core.errors import ShardlineError
+from ps_core.errors import JobFailedError, ShardlineError, ShardUnreachableError
 from ps_core.v1 import shard_pb2
 
 
@@ -22,6 +23,7 @@ class Inbox:
         self._expected: set[int] = set()
         self._met: shard_pb2.Met | None = None
         self._failure: ShardlineError | None = None
+        self._symptom: ShardlineError | None = None
 
     def expect(self, parts: Iterable[int]) -> None:
         """Wait for these parts from now on."""
@@ -41,9 +43,19 @@ class Inbox:
             self._met = met
             self._changed.notify_all()
 
-    def fail(self, failure: ShardlineError) -> None:
-        """A stream has broken; the first reason is kept."""
+    def fail(self, failure: ShardlineError, *, final: bool = True) -> None:
+        """A stream has broken; the first reason is kept.
+
+        Not `final`: this is the symptom, and whoever reads the stream is finding out the reason.
+        When another shard says meanwhile that the job has failed, that is the reason, but the error
+        is of the symptom's kind: what this worker saw first does not depend on who is faster.
+        """
         with self._changed:
+            if not final:
+                self._symptom = self._symptom or failure
+                return
+            if self._symptom is not None and isinstance(failure, JobFailedError):
+                failure = type(self._symptom)(f"{self._symptom}: {failure}")
             self._failure = self._failure or failure
             self._changed.notify_all()
 
@@ -57,6 +69,18 @@ class Inbox:
         met, self._met = self._met, None
         assert met is not None
         return met
+
+    @contextmanager
+    def explaining(self, patience_seconds: float) -> Iterator[None]:
+        """Around a call that is not on a stream. Shards that end the job refuse calls at once; why
+        they do so is what they say on the streams, which is raised instead.
+        """
+        try:
+            yield
+        except ShardUnreachableError as error:
+            with self._changed:
+                self._changed.wait_for(lambda: self._failure is not None, patience_seconds)
+                raise (self._failure or error) from error
 
     def _wait(self, done: Callable[[], bool]) -> None:
         with self._changed:

@@ -227,16 +227,18 @@ class ExchangeResponse(_message.Message):
     def __init__(self, part: _Optional[_Union[_tensor_pb2.Part, _Mapping]] = ..., met: _Optional[_Union[Met, _Mapping]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("hello", "part", "state", "buffer")
+    __slots__ = ("hello", "part", "state", "buffer", "clear_state")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     BUFFER_FIELD_NUMBER: _ClassVar[int]
+    CLEAR_STATE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     part: _tensor_pb2.Part
     state: _tensor_pb2.StateTensor
     buffer: _tensor_pb2.TensorChunk
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., part: _Optional[_Union[_tensor_pb2.Part, _Mapping]] = ..., state: _Optional[_Union[_tensor_pb2.StateTensor, _Mapping]] = ..., buffer: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+    clear_state: bool
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., part: _Optional[_Union[_tensor_pb2.Part, _Mapping]] = ..., state: _Optional[_Union[_tensor_pb2.StateTensor, _Mapping]] = ..., buffer: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., clear_state: _Optional[bool] = ...) -> None: ...
 
 class LoadResponse(_message.Message):
     __slots__ = ("version",)

@@ -1,0 +1,306 @@
+"""Real shard and worker processes for tests, started once; many jobs run in them.
+
+    with Cluster(num_shards=2, num_workers=2) as cluster:
+        results = cluster.run(case, num_steps=20)  # one per worker
+
+`case(session, num_steps=20)` runs on every worker. It is a function of an importable module, its
+arguments are what JSON can hold, and it returns what `tests.host` can send back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file
+
+from ps_core.config import inherited_environment
+from shardline.ports import free_ports
+from tests.host import Case, Message, Result, run_case
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+START_SECONDS: Final = 60.0
+"""For importing torch in all processes at once on a busy machine."""
+JOB_SECONDS: Final = 45.0
+NOTHING: Final[Mapping[str, str]] = {}
+DEFAULTS: Final = {
+    "SHARDLINE_EXCHANGE_PART_BYTES": "512",  # so that small tensors are cut, and shards share them
+    "SHARDLINE_METRICS_PORT": "-1",
+    "SHARDLINE_RPC_CONNECT_TIMEOUT_SECONDS": "20",
+    "SHARDLINE_MEMBERSHIP_JOIN_TIMEOUT_SECONDS": "20",
+    "SHARDLINE_WORKER_DEVICE": "cpu",
+    "SHARDLINE_WORKER_THREADS": "1",
+}
+
+
+Inbox = queue.SimpleQueue[tuple[str, Message | None]]
+"""Pairs of a host's name and its answer; None: it has died."""
+
+
+class ClusterError(AssertionError):
+    """A job did not go as the test expects; the message has the tails of all stderr files."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let this process compute as the hosts do: torch rounds differently with two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_alone(case: Case, *, environ: Mapping[str, str] = NOTHING, **arguments: Any) -> Result:  # noqa: ANN401 - JSON
+    """Run a case in this process, without shards. Raises what the session raises."""
+    return run_case(case, {**DEFAULTS, **environ}, arguments)
+
+
+class _Host:
+    """One process `python -m tests.host` and the thread that reads its answers."""
+
+    def __init__(self, name: str, folder: Path, inbox: Inbox) -> None:
+        self.name = name
+        self._stderr = folder / f"{name}.stderr"
+        with self._stderr.open("ab") as stderr:
+            # Warnings are errors here, too. In a session of its own Ctrl-C does not reach it.
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "error", "-m", "tests.host"],
+                cwd=ROOT,
+                env=inherited_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+        self._reader = threading.Thread(target=self._read, args=(inbox,), name=name, daemon=True)
+        self._reader.start()
+
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self._process.pid})"
+
+    def _read(self, inbox: Inbox) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            inbox.put((self.name, json.loads(line)))
+        inbox.put((self.name, None))
+
+    def send(self, command: Message) -> None:
+        """Give a command. An answer, or None when the process has died, comes to the inbox."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return  # it has died, which its reader tells
+
+    def tail(self, num_lines: int = 30) -> str:
+        """The end of what it wrote to stderr."""
+        lines = self._stderr.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(lines[-num_lines:])
+
+    def hang_up(self) -> None:
+        """Close its stdin, upon which it ends."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            return
+
+    def reap(self) -> None:
+        """Wait for its end, after `hang_up`; kill it when it takes too long."""
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(timeout=5)
+        self._reader.join(timeout=5)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+class Cluster:
+    """`num_shards` shards and `num_workers` workers; a job may use fewer of them.
+
+    A job that goes wrong ends all processes, and the next job starts new ones.
+    """
+
+    def __init__(self, num_shards: int, num_workers: int) -> None:
+        self._num_shards, self._num_workers = num_shards, num_workers
+        self._hosts: dict[str, _Host] = {}
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._job_numbers = itertools.count()
+
+    def __enter__(self) -> Cluster:
+        self._temporary = tempfile.TemporaryDirectory(prefix="cluster-")
+        self._folder = Path(self._temporary.name)
+        try:
+            self._start_hosts()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end_hosts()
+        self._temporary.cleanup()
+
+    # -- Jobs --------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        case: Case,
+        *,
+        num_shards: int | None = None,
+        num_workers: int | None = None,
+        environ: Mapping[str, str] = NOTHING,
+        **arguments: Any,  # noqa: ANN401 - JSON
+    ) -> list[Result]:
+        """Run a job that ends well; what the case returned on each worker, by rank."""
+        answers = self._run(case, num_shards, num_workers, environ, arguments)
+        failures = [f"{n}: {a['traceback']}" for n, a in answers.items() if a["event"] != "done"]
+        if failures:
+            raise self._broken(f"{_name(case)} failed\n" + "\n".join(failures))
+        workers = [name for name in answers if name.startswith("worker")]
+        return [Result(answers[n]["values"], load_file(self._result_file(n))) for n in workers]
+
+    def run_failing(
+        self,
+        case: Case,
+        *,
+        num_shards: int | None = None,
+        num_workers: int | None = None,
+        environ: Mapping[str, str] = NOTHING,
+        **arguments: Any,  # noqa: ANN401 - JSON
+    ) -> list[str]:
+        """Run a job that fails on every worker and every shard; each worker's error, by rank."""
+        answers = self._run(case, num_shards, num_workers, environ, arguments)
+        well = [name for name, answer in answers.items() if answer["event"] == "done"]
+        if well:
+            raise self._broken(f"{_name(case)} should fail, but {', '.join(well)} ended well")
+        return [answer["error"] for name, answer in answers.items() if name.startswith("worker")]
+
+    def _run(
+        self,
+        case: Case,
+        num_shards: int | None,
+        num_workers: int | None,
+        environ: Mapping[str, str],
+        arguments: Mapping[str, Any],
+    ) -> dict[str, Message]:
+        """The last answer of every process of the job: shards first, then workers, in order."""
+        if not self._hosts:
+            self._start_hosts()
+        shards = self._names("shard", num_shards or self._num_shards)
+        workers = self._names("worker", num_workers or self._num_workers)
+        common = self._serve(shards, len(workers), environ)
+        for rank, name in enumerate(workers):
+            command = {
+                "role": "worker",
+                "case": _name(case),
+                "arguments": arguments,
+                "environ": {**common, "SHARDLINE_CLUSTER_RANK": str(rank)},
+                "tensors": str(self._result_file(name)),
+            }
+            self._hosts[name].send(command)
+        answers = self._collect([*shards, *workers], JOB_SECONDS, f"to finish {_name(case)}")
+        return {name: answers[name] for name in [*shards, *workers]}
+
+    def _serve(
+        self, shards: Sequence[str], num_workers: int, environ: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Start the shards of a new job; the configuration that all its processes share."""
+        for _ in range(3):
+            ports = free_ports(len(shards))
+            common = {
+                **DEFAULTS,
+                "SHARDLINE_JOB_ID": f"job-{next(self._job_numbers)}",
+                "SHARDLINE_CLUSTER_SHARDS": ",".join(f"127.0.0.1:{port}" for port in ports),
+                "SHARDLINE_CLUSTER_NUM_WORKERS": str(num_workers),
+                **environ,
+            }
+            # The lead first: a shard that calls before it listens waits a second to call again.
+            if self._announced(shards[:1], common) and self._announced(shards[1:], common):
+                return common
+            self._end_hosts()
+            self._start_hosts()
+        raise self._broken("others took the ports of three jobs in a row")
+
+    def _announced(self, shards: Sequence[str], common: Mapping[str, str]) -> bool:
+        """Start shards; False: somebody took a port between its choice and its use."""
+        for name in shards:
+            environ = {**common, "SHARDLINE_SERVER_INDEX": name.partition("-")[2]}
+            self._hosts[name].send({"role": "shard", "environ": environ})
+        answers = self._collect(shards, JOB_SECONDS, "to take calls")
+        failures = [a["error"] for a in answers.values() if a["event"] != "announced"]
+        if any("cannot listen" not in failure for failure in failures):
+            raise self._broken(f"a shard did not start: {failures}")
+        return not failures
+
+    def _result_file(self, worker: str) -> Path:
+        return self._folder / f"{worker}.safetensors"
+
+    # -- Processes ---------------------------------------------------------------------------------
+
+    def _names(self, role: str, count: int) -> list[str]:
+        return [f"{role}-{index}" for index in range(count)]
+
+    def _start_hosts(self) -> None:
+        self._inbox = queue.SimpleQueue()
+        names = [
+            *self._names("shard", self._num_shards),
+            *self._names("worker", self._num_workers),
+        ]
+        for name in names:
+            self._hosts[name] = _Host(name, self._folder, self._inbox)
+        self._collect(names, START_SECONDS, "to start")
+
+    def _end_hosts(self) -> None:
+        for host in self._hosts.values():
+            host.hang_up()
+        for host in self._hosts.values():
+            host.reap()
+        self._hosts = {}
+
+    def _collect(self, names: Sequence[str], seconds: float, what: str) -> dict[str, Message]:
+        """One answer of each of these processes, which have `seconds` for it together."""
+        deadline = time.monotonic() + seconds
+        answers: dict[str, Message] = {}
+        while missing := set(names) - answers.keys():
+            try:
+                name, answer = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise self._broken(f"{sorted(missing)} took over {seconds} s {what}") from None
+            if answer is None or name not in missing:
+                raise self._broken(f"waited for {sorted(missing)} {what}; {name} said {answer}")
+            answers[name] = answer
+        return answers
+
+    def _broken(self, what: str) -> ClusterError:
+        """The error to raise: tells all that is known, and all processes are ended."""
+        tails = [f"-- stderr of {host}\n{host.tail()}" for host in self._hosts.values()]
+        self._end_hosts()
+        return ClusterError("\n".join([what, *tails]))
+
+
+def _name(case: Case) -> str:
+    return f"{case.__module__}:{case.__qualname__}"

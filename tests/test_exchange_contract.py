@@ -1,0 +1,353 @@
+"""Every exchange keeps the same contract; LocalExchange, alone with all samples, is the measure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ps_core.buckets import Bucket, make_buckets
+from ps_core.exchange import Outcome, Purpose, Start
+from ps_core.optim_spec import Hyperparameters, OptimizerSpec
+from ps_core.optimizer import JobExchange
+from ps_core.plan import ParameterSpec, make_plan
+from shardline.session import Session
+from tests.cluster import Cluster, one_thread, run_alone
+from tests.host import Case, Result
+from tests.reference import JOB_SEED, MIXED, Net, assert_close, loss_of, samples
+
+BATCH_SIZE = 7
+BUCKETS = {"SHARDLINE_EXCHANGE_BUCKET_BYTES": "1024"}  # several, of several parts
+GROUPS: tuple[Hyperparameters, ...] = (
+    {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99)},
+    {"lr": 0.02, "weight_decay": 0.0, "betas": (0.8, 0.9)},
+)
+"""One for weights, one for vectors."""
+Run = Callable[..., list[Result]]
+Returned = Mapping[str, Any]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with one_thread(), Cluster(num_shards=3, num_workers=2) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["local", "1 shard, 1 worker", "3 shards, 1 worker", "2 shards, 2 workers"])
+def run(cluster: Cluster, request: pytest.FixtureRequest) -> Run:
+    """Runs a case over one exchange; every worker's result."""
+    environ = {**JOB_SEED, **BUCKETS}
+
+    def run_local(case: Case, **arguments: Any) -> list[Result]:  # noqa: ANN401 - JSON
+        return [run_alone(case, environ=environ, **arguments)]
+
+    def run_on_shards(case: Case, **arguments: Any) -> list[Result]:  # noqa: ANN401 - JSON
+        num_shards, _, _, num_workers, _ = request.param.replace(",", " ,").split()
+        return cluster.run(
+            case,
+            num_shards=int(num_shards),
+            num_workers=int(num_workers),
+            environ=environ,
+            **arguments,
+        )
+
+    return run_local if request.param == "local" else run_on_shards
+
+
+def local(case: Case, **arguments: Any) -> Result:  # noqa: ANN401 - JSON
+    """What the case returns over LocalExchange."""
+    return run_alone(case, environ={**JOB_SEED, **BUCKETS}, **arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A model whose parameters an exchange updates."""
+
+    session: Session
+    exchange: JobExchange
+    model: Net
+    buckets: Sequence[Bucket]
+    start: Start
+
+    def share(self, step: int) -> tuple[Tensor, Tensor]:
+        """This worker's rows of the step's batch."""
+        x, y = samples(BATCH_SIZE, step)
+        size, rank = self.session.world_size, self.session.rank
+        return x.tensor_split(size)[rank], y.tensor_split(size)[rank]
+
+    def step(
+        self, step: int, *, abstains: bool = False, rate: float = 1.0
+    ) -> tuple[Outcome, float]:
+        """One step by hand, its buckets in an order of its own; the outcome and the loss."""
+        x, y = self.share(step)
+        loss = loss_of(self.model, (x, y))
+        groups = [{**group, "lr": rate * float(group["lr"])} for group in map(_plain, GROUPS)]
+        self.exchange.begin(step, 0 if abstains else len(x), groups)
+        if not abstains:
+            self.model.zero_grad()
+            loss.backward()
+            for bucket in self.buckets[:: -1 if (step + self.session.rank) % 2 else 1]:
+                bucket.collect()
+                self.exchange.submit(bucket, step)
+        return self.exchange.settle(step), loss.item()
+
+    def parameters(self, when: str = "") -> dict[str, Tensor]:
+        """Copies, by name."""
+        return {when + name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+
+def _plain(group: Hyperparameters) -> dict[str, Any]:
+    return dict(group)
+
+
+def enter(session: Session, dtype: str = "float64", max_grad_norm: float | None = None) -> Worker:
+    """Join with a model that begins elsewhere on every worker."""
+    model = Net(dtype)
+    model.register_buffer("count", torch.randint(1000, (3,)))
+    named = dict(model.named_parameters())
+    specs = [
+        ParameterSpec(name, p.dtype, tuple(p.shape), int(p.dim() < 2)) for name, p in named.items()
+    ]
+    config = session.config
+    num_shards = max(1, len(config.cluster.shards))
+    sizes = config.exchange.part_bytes, config.exchange.bucket_bytes
+    plan = make_plan(specs, num_shards, *sizes)
+    buckets = make_buckets(plan, list(named.values()))
+    spec = OptimizerSpec("AdamW", GROUPS, max_grad_norm)
+    start = session.exchange.join(plan, buckets, spec, lambda: {"count": model.get_buffer("count")})
+    return Worker(session, session.exchange, model, buckets, start)
+
+
+def assert_like_local(
+    results: Sequence[Result], expected: Result, tolerance: float = 1e-10
+) -> None:
+    for rank, result in enumerate(results):
+        assert_close(result.tensors, expected.tensors, tolerance, f"worker {rank}")
+        assert result.values == expected.values, f"worker {rank}"
+
+
+# -- The cases -------------------------------------------------------------------------------------
+
+
+def join_only(session: Session) -> Returned:
+    worker = enter(session)
+    assert worker.start == Start(step=0, chosen=session.rank == 0)
+    return worker.model.state_dict()
+
+
+def test_join_gives_all_the_parameters_and_extras_of_worker_0(run: Run) -> None:
+    assert_like_local(run(join_only), local(join_only), tolerance=0)
+
+
+def train_by_hand(session: Session, *, dtype: str, max_grad_norm: float | None) -> Returned:
+    worker = enter(session, dtype, max_grad_norm)
+    losses = []
+    for step in range(8):
+        outcome, loss = worker.step(step, rate=1 / (1 + step))
+        assert outcome == Outcome(version=step + 1, applied=True, staleness=0)
+        losses.append(
+            session.exchange.meet(Purpose.MEAN, step + 1, [loss], len(worker.share(0)[0]))
+        )
+    means = torch.tensor([meeting.means[0] for meeting in losses], dtype=torch.float64)
+    return {**worker.parameters(), "losses": means}
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_step_applies_the_mean_gradient_with_the_steps_hyperparameters(
+    run: Run, max_grad_norm: float | None
+) -> None:
+    case: dict[str, Any] = {"dtype": "float64", "max_grad_norm": max_grad_norm}
+    assert_like_local(run(train_by_hand, **case), local(train_by_hand, **case))
+
+
+def test_every_element_type_is_trained(run: Run) -> None:
+    case: dict[str, Any] = {"dtype": MIXED, "max_grad_norm": None}
+    assert_like_local(run(train_by_hand, **case), local(train_by_hand, **case), tolerance=0.02)
+
+
+def abstain_together(session: Session) -> Returned:
+    worker = enter(session)
+    worker.step(0)
+    before = worker.parameters("before ")
+    outcome, _ = worker.step(1, abstains=True)
+    assert outcome == Outcome(version=2, applied=False, staleness=0)
+    between = worker.parameters("between ")
+    for name, tensor in worker.parameters().items():
+        assert torch.equal(tensor, before[f"before {name}"])
+    outcome, _ = worker.step(2)
+    assert outcome == Outcome(version=3, applied=True, staleness=0)
+    return {**before, **between, **worker.parameters()}
+
+
+def test_a_step_from_which_all_abstain_has_a_version_and_changes_nothing(run: Run) -> None:
+    assert_like_local(run(abstain_together), local(abstain_together))
+
+
+def leave_out(session: Session, *, which: int) -> Returned:
+    """Step 1 has only one worker's gradients: alone, only its samples."""
+    worker = enter(session)
+    worker.step(0)
+    is_alone = session.world_size == 1
+    if is_alone:
+        model, share = worker.model, [t.tensor_split(2)[1 - which] for t in samples(BATCH_SIZE, 1)]
+        session.exchange.begin(1, len(share[0]), GROUPS)
+        model.zero_grad()
+        loss_of(model, (share[0], share[1])).backward()
+        for bucket in worker.buckets:
+            bucket.collect()
+            session.exchange.submit(bucket, 1)
+        session.exchange.settle(1)
+    else:
+        outcome, _ = worker.step(1, abstains=session.rank == which)
+        assert outcome == Outcome(version=2, applied=session.rank != which, staleness=0)
+    worker.step(2)
+    return worker.parameters()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_who_abstains_takes_the_others_update(run: Run, which: int) -> None:
+    assert_like_local(run(leave_out, which=which), local(leave_out, which=which))
+
+
+def rest(session: Session, *, which: int) -> Returned:
+    """The last worker (with `which` 0: the first of two) rests while the other takes two steps."""
+    worker = enter(session)
+    worker.step(0)
+    rests = session.world_size > 1 and session.rank == which
+    if rests:
+        session.exchange.idle(1)
+        meeting = session.exchange.meet(Purpose.EPOCH, 1, [1.0, 2.0], weight=1.0)
+    else:
+        for step in (1, 2):
+            worker.exchange.begin(step, 1, GROUPS)
+            worker.model.zero_grad()
+            loss_of(worker.model, samples(5, step)).backward()
+            for bucket in worker.buckets:
+                bucket.collect()
+                session.exchange.submit(bucket, step)
+            session.exchange.settle(step)
+        meeting = session.exchange.meet(Purpose.EPOCH, 3, [5.0, 2.0], weight=3.0)
+    assert meeting.step == 3
+    assert meeting.chosen == (session.rank == 0)
+    alone = session.world_size == 1
+    assert meeting.means == ((5.0, 2.0) if alone else ((1 * 1.0 + 3 * 5.0) / 4, 2.0))
+    after = worker.parameters("after ")
+    worker.step(3)
+    return {**after, **worker.parameters()}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_who_is_idle_holds_the_newest_parameters_after_the_meeting(run: Run, which: int) -> None:
+    assert_like_local(run(rest, which=which), local(rest, which=which))
+
+
+def exchange_state(session: Session) -> Returned:
+    worker = enter(session)
+    for step in range(3):
+        worker.step(step)
+    state = session.exchange.read_state()
+    session.exchange.meet(Purpose.MEAN, 3)  # all have read
+    # The state of every second parameter is replaced, and that of the others forgotten.
+    other = {
+        index: {
+            key: value.clone() if key == "step" else 3 * value.abs() + 0.5
+            for key, value in entries.items()
+        }
+        for index, entries in state.items()
+        if index % 2
+    }
+    session.exchange.write_state(other)
+    session.exchange.meet(Purpose.LOAD, 3)
+    written = session.exchange.read_state()
+    session.exchange.meet(Purpose.MEAN, 3)
+    worker.step(3)
+    return {**worker.parameters(), **_flat("read", state), **_flat("written", written)}
+
+
+def _flat(when: str, state: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{when} {index} {key}": value
+        for index, entries in state.items()
+        for key, value in entries.items()
+    }
+
+
+def test_state_is_read_whole_and_replaced_whole(run: Run) -> None:
+    expected = local(exchange_state)
+    names = {name for name in expected.tensors if name.startswith("read")}
+    keys = itertools.product(
+        range(len(list(Net().parameters()))), ("step", "exp_avg", "exp_avg_sq")
+    )
+    assert names == {f"read {index} {key}" for index, key in keys}
+    assert_like_local(run(exchange_state), expected)
+
+
+def count_traffic(session: Session) -> Returned:
+    worker = enter(session)
+    for step in range(2):
+        worker.step(step)
+    worker.step(2, abstains=True)
+    traffic = session.exchange.traffic
+    num_bytes = sum(b.layout.length * b.layout.dtype.itemsize for b in worker.buckets)
+    return {"pushed": traffic.pushed_bytes / num_bytes, "pulled": traffic.pulled_bytes / num_bytes}
+
+
+def test_traffic_is_counted_in_bytes_of_gradients_and_parameters(
+    run: Run, request: pytest.FixtureRequest
+) -> None:
+    is_local = request.node.callspec.params["run"] == "local"
+    for result in run(count_traffic):
+        assert result.values == {"pushed": 0 if is_local else 2, "pulled": 0 if is_local else 3}
+
+
+def close_again(session: Session, *, joined: bool) -> Returned:
+    if joined:
+        enter(session).step(0)
+    for _ in range(3):
+        session.exchange.close()
+    return {}
+
+
+def test_close_is_idempotent(run: Run) -> None:
+    run(close_again, joined=True)
+
+
+def test_close_is_allowed_before_join() -> None:
+    run_alone(close_again, joined=False)
+
+
+# -- Failures, which only several workers can tell each other --------------------------------------
+
+
+def close_with_failure(session: Session) -> Returned:
+    worker = enter(session)
+    worker.step(0)
+    if session.rank == 1:
+        session.exchange.close("the disk is full")
+        session.exchange.close("another reason")
+        raise RuntimeError("the script ends")
+    worker.step(1)
+    return {}
+
+
+def test_a_failure_is_what_all_others_fail_with(cluster: Cluster) -> None:
+    other, own = cluster.run_failing(close_with_failure, num_shards=2)
+    assert other == "JobFailedError: worker 1 failed: the disk is full"
+    assert own == "RuntimeError: the script ends"
+
+
+def meet_for_different_purposes(session: Session) -> Returned:
+    enter(session)
+    session.exchange.meet(Purpose.EPOCH if session.rank else Purpose.MEAN, 0)
+    return {}
+
+
+def test_workers_that_meet_for_different_purposes_are_told_both(cluster: Cluster) -> None:
+    for error in cluster.run_failing(meet_for_different_purposes, num_shards=2):
+        assert "'mean'" in error
+        assert "'epoch'" in error
