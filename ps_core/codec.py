@@ -279,8 +279,11 @@ def _check_sizes(message: shard_pb2.JobSpec) -> None:
         raise ProtocolError("a job needs workers, shards and parameters")
     if message.part_bytes < 512 or message.part_bytes % 512 or not message.bucket_bytes:
         raise ProtocolError(f"part_bytes {message.part_bytes} is not a positive multiple of 512")
-    if message.optimizer.name not in OPTIMIZERS:
-        raise ProtocolError(f"unknown optimizer {message.optimizer.name!r}")
+    optimizer = message.optimizer
+    if optimizer.name not in OPTIMIZERS:
+        raise ProtocolError(f"unknown optimizer {optimizer.name!r}")
+    if optimizer.HasField("max_grad_norm") and not 0 < optimizer.max_grad_norm < math.inf:
+        raise ProtocolError(f"max_grad_norm {optimizer.max_grad_norm} is not a positive number")
     if message.num_shards > MAX_SHARDS:
         raise ProtocolError(f"{message.num_shards} shards are more than {MAX_SHARDS}")
     total_bytes = sum(map(_padded_bytes, message.parameters))

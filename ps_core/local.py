@@ -14,6 +14,7 @@ from ps_core.optim_spec import (
     OptimizerSpec,
     build,
     local_hyperparameters,
+    take_step,
 )
 from ps_core.plan import Plan
 
@@ -70,7 +71,7 @@ class LocalExchange:
             if self._spec.max_grad_norm is not None:
                 views = [view for bucket in self._buckets for view in bucket.parameter_views]
                 torch.nn.utils.clip_grad_norm_(views, self._spec.max_grad_norm)
-            self._optimizer.step()
+            take_step(self._optimizer)
         for bucket in self._buckets:
             bucket.accept()
         return Outcome(version=step + 1, applied=self._samples > 0, staleness=0)

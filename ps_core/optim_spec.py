@@ -4,6 +4,7 @@ hyperparameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,8 @@ class OptimizerSpec:
 
 def describe(optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> OptimizerSpec:
     """The spec of a user's optimizer. Raises UsageError for one that shards cannot run."""
+    if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+        raise UsageError(f"max_grad_norm is {max_grad_norm}: give a positive number or None")
     name = type(optimizer).__name__
     if OPTIMIZERS.get(name) is not type(optimizer):
         raise UsageError(
@@ -136,3 +139,17 @@ def local_hyperparameters(
     if name in _FUSED:
         local["fused"] = right and bool(local.get("fused", "foreach" not in local))
     return local
+
+
+def take_step(optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.step()`, without the fused kernel where it fails: fused SGD (torch 2.13) takes the
+    momentum buffers of all tensors or of none, and some may have their first gradient now.
+
+    Hyperparameters must be set before every step: this one may leave `fused` off.
+    """
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]:
+            states = (optimizer.state[p] for p in group["params"] if p.grad is not None)
+            buffers = {state.get("momentum_buffer") is None for state in states}
+            group["fused"] = len(buffers) == 1
+    optimizer.step()

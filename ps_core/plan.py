@@ -107,8 +107,8 @@ def make_plan(
 ) -> Plan:
     """Lay out `parameters` over `num_shards`.
 
-    Parts hold at most `part_bytes` (a multiple of 512), fewer when a small model would otherwise
-    leave a shard empty. Buckets hold at most `bucket_bytes`, unless a single parameter is larger.
+    Parts hold at most `part_bytes` (a multiple of 512), fewer for a small model, so that it
+    spreads over the shards. Buckets hold at most `bucket_bytes`, unless a single parameter is larger.
     The bytes of any two shards differ by at most one part.
     """
     buckets = tuple(_fill_buckets(parameters, bucket_bytes))

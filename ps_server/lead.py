@@ -15,6 +15,7 @@ The rules, each with a scenario in tests/ps_server/scenarios:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -138,11 +139,11 @@ class Lead:
         """A worker waits for all the others. Rules 1 and 4. Raises UsageError when it came for
         something else.
         """
+        for rank, other in self._present():
+            if other.arrival and rank != worker:
+                _check_same(worker, arrival, rank, other.arrival)
         effects = self.idle(worker)
         self._workers[worker].arrival = arrival
-        waiting = [(rank, w.arrival) for rank, w in self._present() if w.arrival]
-        for rank, other in waiting:
-            _check_same(worker, arrival, rank, other)
         return effects + self._end_meeting()
 
     def leave(self, worker: int, failure: str) -> list[Effect]:
@@ -232,6 +233,8 @@ def _weighted_means(arrivals: Sequence[Arrival]) -> tuple[float, ...]:
     total = sum(arrival.weight for arrival in arrivals)
     columns = zip(*(arrival.values for arrival in arrivals), strict=True)
     return tuple(
-        sum(a.weight * value for a, value in zip(arrivals, column, strict=True)) / total
+        sum(a.weight * v for a, v in zip(arrivals, column, strict=True) if a.weight) / total
+        if total
+        else math.nan
         for column in columns
     )

@@ -13,6 +13,7 @@ from ps_core.optim_spec import (
     OptimizerSpec,
     build,
     local_hyperparameters,
+    take_step,
 )
 from ps_core.plan import Part
 
@@ -44,7 +45,7 @@ class PartOptimizer:
         self._optimizer.param_groups[0].update(local)
         for parameter, elements, flag in zip(self._slices, self._ranges, present, strict=True):
             parameter.grad = gradient[elements] if flag else None
-        self._optimizer.step()
+        take_step(self._optimizer)
         for parameter in self._slices:
             parameter.grad = None  # the gradient's memory belongs to a message
 

@@ -233,7 +233,6 @@ def test_download_and_upload_copy_between_a_device_and_its_mirror() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_bucket_on_a_gpu_is_mirrored_in_pinned_memory() -> None:
     parameter = nn.Parameter(torch.arange(9.0, device="cuda"))
     bucket = bucket_of(parameter)

@@ -392,7 +392,7 @@ def over_the_wire(job: Job) -> shard_pb2.JobSpec:
         JOB,
         replace(JOB, deterministic=False),
         replace(JOB, optimizer=replace(JOB.optimizer, max_grad_norm=None)),
-        replace(JOB, optimizer=replace(JOB.optimizer, max_grad_norm=0.0)),
+        replace(JOB, optimizer=replace(JOB.optimizer, max_grad_norm=1e-9)),
         replace(JOB, protocol=7, job_id="", mode="other"),
     ],
 )

@@ -123,12 +123,9 @@ def test_whatever_workers_do_epochs_count_up_and_name_the_members(
         assert {rank for rank in range(4) if started.state(rank) == "member"} == members
 
 
-# -- Known faults ----------------------------------------------------------------------------------
+# -- Meetings of little weight, and refused ones ---------------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the lead divides by the sum of the weights", raises=ZeroDivisionError
-)
 def test_a_mean_of_nothing_is_not_a_number() -> None:
     # No worker had a sample, for instance in an evaluation of fewer batches than workers.
     started = met_lead(1)
@@ -137,7 +134,6 @@ def test_a_mean_of_nothing_is_not_a_number() -> None:
     assert str(met.means[0]) == "nan"
 
 
-@pytest.mark.xfail(strict=True, reason="0 * nan is nan")
 def test_a_worker_of_no_weight_does_not_spoil_the_mean() -> None:
     # It had no sample, so the mean it brings is 0 / 0.
     started = met_lead(2)
@@ -147,7 +143,6 @@ def test_a_worker_of_no_weight_does_not_spoil_the_mean() -> None:
     assert met.means == (5.0,)
 
 
-@pytest.mark.xfail(strict=True, reason="the epoch counts up before the purposes are compared")
 def test_a_refused_meeting_changes_nothing() -> None:
     # Otherwise the shards are never told of an epoch, and wait for a worker that is no member.
     started = met_lead(3)

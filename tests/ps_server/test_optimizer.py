@@ -185,20 +185,7 @@ def test_a_parameter_without_gradient_keeps_its_value_state_and_step_count(
     assert_same(*train_both(name, {**options, "weight_decay": 0.1}, torch.float32, absent))
 
 
-LATE_MOMENTUM = pytest.mark.xfail(
-    strict=True,
-    raises=TypeError,
-    reason="torch's fused SGD takes momentum buffers of all tensors or of none",
-)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        pytest.param(name, options, marks=[LATE_MOMENTUM] if name == "SGD" else [])
-        for name, options in [*ONE_OF_EACH, DAMPENED]
-    ],
-)
+@pytest.mark.parametrize(("name", "options"), [*ONE_OF_EACH, DAMPENED])
 def test_a_parameter_may_get_its_first_gradient_later_than_its_neighbours_in_the_part(
     name: str, options: dict[str, HyperparameterValue]
 ) -> None:
