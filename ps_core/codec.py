@@ -25,6 +25,8 @@ from ps_core.v1 import shard_pb2, tensor_pb2
 CHUNK_BYTES = 4 * 2**20
 """Largest piece of a tensor in one message."""
 
+MAX_PART_BYTES = 2**23
+"""A part must fit into a message."""
 MAX_SHARDS = 2**12
 MAX_PARTS = 2**18
 """One TiB of parameters in parts of the usual size."""
@@ -279,6 +281,8 @@ def _check_sizes(message: shard_pb2.JobSpec) -> None:
         raise ProtocolError("a job needs workers, shards and parameters")
     if message.part_bytes < 512 or message.part_bytes % 512 or not message.bucket_bytes:
         raise ProtocolError(f"part_bytes {message.part_bytes} is not a positive multiple of 512")
+    if message.part_bytes > MAX_PART_BYTES:
+        raise ProtocolError(f"part_bytes {message.part_bytes} is more than {MAX_PART_BYTES}")
     optimizer = message.optimizer
     if optimizer.name not in OPTIMIZERS:
         raise ProtocolError(f"unknown optimizer {optimizer.name!r}")

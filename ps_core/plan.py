@@ -108,8 +108,8 @@ def make_plan(
     """Lay out `parameters` over `num_shards`.
 
     Parts hold at most `part_bytes` (a multiple of 512), fewer for a small model, so that it
-    spreads over the shards. Buckets hold at most `bucket_bytes`, unless a single parameter is larger.
-    The bytes of any two shards differ by at most one part.
+    spreads over the shards. Buckets hold at most `bucket_bytes`, unless a single parameter is
+    larger. The bytes of any two shards differ by at most one part.
     """
     buckets = tuple(_fill_buckets(parameters, bucket_bytes))
     total_bytes = sum(bucket.length * bucket.dtype.itemsize for bucket in buckets)

@@ -38,7 +38,9 @@ _OPTIONS: Sequence[tuple[str, int]] = (
 _SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     *_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second server on the port is an error, not half of the traffic
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+    # A peer may ping as often as its keepalive says. By default gRPC breaks a connection on which
+    # pings come more often than every five minutes without data in between.
+    ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
 )
 

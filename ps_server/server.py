@@ -34,6 +34,7 @@ def serve(config: Config, announce: Callable[[str], None]) -> None:
     Raises JobFailedError when the job failed, ConfigError when a port cannot be bound.
     """
     torch.set_num_threads(config.worker.threads or 1)
+    torch.optim.SGD([torch.zeros(1)])  # loads half of torch, for seconds: not while a worker joins
     # With the first optimizer torch imports its compiler, which takes seconds: not while the first
     # worker waits to be admitted.
     torch.optim.SGD([torch.zeros(1)])

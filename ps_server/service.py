@@ -72,23 +72,28 @@ async def _decode_all(
         yield decode(request)
 
 
-async def _send_all(outbox: Outbox, context: Context) -> None:
-    """Write an outbox to a stream until it finishes. Raises the error it was failed with."""
+async def _send_all(outbox: Outbox, context: Context, writing: asyncio.Lock) -> None:
+    """Write an outbox to a stream until it finishes. Raises the error it was failed with. Do not
+    cancel it while it holds `writing`.
+    """
     while (message := await outbox.get()) is not None:
-        await context.write(message)
+        async with writing:
+            await context.write(message)
 
 
 async def _run_both(reading: Awaitable[None], outbox: Outbox, context: Context) -> None:
     """Read and write one stream until the peer has finished or either side fails."""
-    writer = asyncio.ensure_future(_send_all(outbox, context))
+    writing = asyncio.Lock()
+    writer = asyncio.ensure_future(_send_all(outbox, context, writing))
     reader = asyncio.ensure_future(reading)
     try:
         done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
     finally:
-        for task in (reader, writer):
-            task.cancel()
+        reader.cancel()
+        async with writing:  # a status never arrives when it overtakes a write
+            writer.cancel()
         await asyncio.gather(reader, writer, return_exceptions=True)
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from ps_core.config import inherited_environment
 from shardline.ports import free_ports
-from tests.host import Case, Message, Result, run_case
+from tests.host import STACKS_SIGNAL, Case, Message, Result, run_case
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 START_SECONDS: Final = 60.0
@@ -108,7 +108,12 @@ class _Host:
         except BrokenPipeError:
             return  # it has died, which its reader tells
 
-    def tail(self, num_lines: int = 30) -> str:
+    def write_stacks(self) -> None:
+        """Let it write to stderr what it is doing."""
+        if self._process.poll() is None:
+            self._process.send_signal(STACKS_SIGNAL)
+
+    def tail(self, num_lines: int = 40) -> str:
         """The end of what it wrote to stderr."""
         lines = self._stderr.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-num_lines:])
@@ -289,7 +294,12 @@ class Cluster:
             try:
                 name, answer = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise self._broken(f"{sorted(missing)} took over {seconds} s {what}") from None
+                for name in missing:
+                    self._hosts[name].write_stacks()
+                time.sleep(0.5)  # the best that can be done: nothing tells that they are written
+                said = "\n".join(f"{name} said {answers[name]}" for name in answers)
+                late = f"{sorted(missing)} took over {seconds} s {what}"
+                raise self._broken(f"{late}\n{said}") from None
             if answer is None or name not in missing:
                 raise self._broken(f"waited for {sorted(missing)} {what}; {name} said {answer}")
             answers[name] = answer

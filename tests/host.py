@@ -5,10 +5,12 @@ under test prints goes to stderr. It ends when stdin closes, even in the middle 
 process outlives the tests, however those end.
 """
 
+import faulthandler
 import importlib
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import traceback
@@ -16,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 import torch
 from safetensors.torch import save_file
@@ -30,6 +32,8 @@ Case = Callable[..., Mapping[str, Any]]
 that JSON can hold.
 """
 Message = dict[str, Any]
+STACKS_SIGNAL: Final = signal.SIGUSR1
+"""Makes a host write to stderr where all of its threads are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ def _private_stdout() -> TextIO:
 
 def main() -> None:
     """Take commands until stdin closes."""
+    faulthandler.register(STACKS_SIGNAL)
     answers = _private_stdout()
 
     def send(message: Message) -> None:
@@ -93,6 +98,7 @@ def main() -> None:
         answers.flush()
 
     torch.set_num_threads(1)
+    torch.optim.SGD([torch.zeros(1)])  # imports half of torch: not in the middle of a job
     commands: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
     send({"event": "up"})

@@ -10,6 +10,7 @@ with Fleet(tmp_path, num_shards=2, num_workers=2) as fleet:
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
@@ -162,6 +163,11 @@ class Process:
         """The most memory it has held so far."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+    def cpu_seconds(self) -> float:
+        """What it has computed so far, however busy the machine was."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
 
     def _read(self) -> None:
         assert self._process.stdout is not None

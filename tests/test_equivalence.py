@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from ps_core.plan import ParameterSpec, make_plan
 from shardline.session import Session
-from tests.cluster import Cluster, one_thread
+from tests.cluster import DEFAULTS, Cluster, one_thread
 from tests.host import Result
 from tests.reference import (
     JOB_SEED,
@@ -140,6 +141,20 @@ def assert_all_close(
     assert moved > 1e-6, "the reference does not train"
     for rank, result in enumerate(results):
         assert_close(result.tensors, expected, tolerance, f"{case} worker {rank}")
+
+
+def test_the_shards_share_the_models_tensors() -> None:
+    specs = [
+        ParameterSpec(name, parameter.dtype, tuple(parameter.shape), 0)
+        for name, parameter in Net().named_parameters()
+    ]
+    for num_shards in (2, 3):
+        plan = make_plan(specs, num_shards, int(DEFAULTS["SHARDLINE_EXCHANGE_PART_BYTES"]), 2**20)
+        shards_of: dict[int, set[int]] = {}
+        for part in plan.parts:
+            for piece in part.slices:
+                shards_of.setdefault(piece.parameter, set()).add(part.shard)
+        assert max(map(len, shards_of.values())) == num_shards
 
 
 # -- Every topology --------------------------------------------------------------------------------

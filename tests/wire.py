@@ -152,6 +152,18 @@ class HandJob:
             self.wires[shard], shard_pb2.ExchangeRequest(hello=self.hello(rank))
         )
 
+    def ask_again(self, rank: int, shard: int) -> None:
+        """Repeat a push of the worker's last step and wait for the answer: then the shard has taken
+        all that was sent on the stream.
+        """
+        self.next_step -= 1
+        repeated = self.begin(rank), self.pushes(rank, shard)[0]
+        self.next_step += 1
+        stream = self.streams[rank, shard]
+        stream.send(*repeated)
+        while stream.read().part.step != self.next_step:
+            pass
+
     def start(self) -> None:
         """All join, the first one gives the initial values, and all meet."""
         for shard, wire in enumerate(self.wires):
@@ -167,13 +179,17 @@ class HandJob:
 
     def meet(self, purpose: Purpose) -> None:
         """All workers meet at the lead."""
-        meet = shard_pb2.Meet(
-            purpose=shard_pb2.Purpose.Name(purpose), step=self.next_step, weight=1
-        )
         for rank in range(len(self.workers)):
-            self.streams[rank, 0].send(shard_pb2.ExchangeRequest(meet=meet))
+            self.streams[rank, 0].send(self.arrival(purpose))
         for rank in range(len(self.workers)):
             self.epoch = self.streams[rank, 0].read().met.epoch
+
+    def arrival(self, purpose: Purpose) -> shard_pb2.ExchangeRequest:
+        """What a worker sends to meet the others."""
+        name = shard_pb2.Purpose.Name(purpose)
+        return shard_pb2.ExchangeRequest(
+            meet=shard_pb2.Meet(purpose=name, step=self.next_step, weight=1)
+        )
 
     def begin(self, rank: int) -> shard_pb2.ExchangeRequest:
         """Opens the worker's next step."""
@@ -196,20 +212,22 @@ class HandJob:
         ]
 
     def step(self) -> None:
-        """All workers take a step, and must get the parameters that SGD gives."""
+        """All workers take a step, and must get the parameters that SGD gives. A part that was
+        pushed before may be answered twice.
+        """
         for (rank, shard), stream in self.streams.items():
             stream.send(self.begin(rank), *self.pushes(rank, shard))
         total = sum(n * self.gradients(rank) for rank, n in enumerate(self.samples))
         self.parameters = self.parameters - self.lr * total / sum(self.samples)
         self.next_step += 1
         for (_, shard), stream in self.streams.items():
-            received = [stream.read().part for _ in self.parts_of(shard)]
-            answers = {answer.part: answer for answer in received}
-            for part in self.parts_of(shard):
-                self._check(part, answers[part.index])
+            missing = {part.index: part for part in self.parts_of(shard)}
+            while missing:
+                answer = stream.read().part
+                if answer.step == self.next_step and answer.part in missing:
+                    self._check(missing.pop(answer.part), answer)
 
     def _check(self, part: Part, answer: tensor_pb2.Part) -> None:
-        assert answer.step == self.next_step
         elements = torch.frombuffer(bytearray(answer.data), dtype=torch.float32)
         expected = self.parameters[part.start : part.start + part.length]
         for piece in part.slices:

@@ -1,32 +1,49 @@
 """More than ten thousand spoiled frames against two live shards, as a stranger and as a worker.
 
-Each must end with a status that says what was wrong, and nothing may be left behind: the job that the
-shards serve goes on, with the right values. The seed is in the name of each test.
+Each call must end with a status that says what was wrong, and nothing may be left behind: the job
+that the shards serve goes on, with the right values. The seed is part of each test's name.
 """
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Final
 
 import grpc
 import pytest
 import torch
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
 from grpc import StatusCode
 
 from ps_core import codec
+from ps_core.errors import ProtocolError
 from ps_core.exchange import Purpose
+from ps_core.job import Job
+from ps_core.optim_spec import OptimizerSpec
 from ps_core.plan import ParameterSpec
 from ps_core.v1 import shard_pb2, tensor_pb2
-from ps_core.v1.shard_pb2 import ExchangeRequest, JobSpec, LoadRequest, PullRequest
+from ps_core.v1.shard_pb2 import (
+    Content,
+    ExchangeRequest,
+    Hello,
+    JobSpec,
+    JoinRequest,
+    LoadRequest,
+    WorkerId,
+)
 from tests.processes import Fleet, Process
-from tests.wire import Frame, HandJob, Wire, as_bytes
+from tests.wire import HandJob, Wire
 
 MIB: Final = 2**20
+FRAMES: Final = 1000
+"""In each test of spoiled frames."""
 SEED: Final = 20260
+STRANGER: Final = WorkerId(rank=0, incarnation=2**62 + 1)
 CLEAR: Final = {
     StatusCode.OK,
     StatusCode.INVALID_ARGUMENT,
@@ -35,42 +52,144 @@ CLEAR: Final = {
 }
 
 
-class Spoiler:
-    """Spoils frames, the same way for the same seed."""
+# -- How frames are spoiled ------------------------------------------------------------------------
 
-    def __init__(self, seed: int, frames: Sequence[Frame]) -> None:
+
+class Spoiler:
+    """Spoils copies of messages, the same way for the same seed."""
+
+    def __init__(self, seed: int, messages: Sequence[Message]) -> None:
         self._random = random.Random(seed)
-        self._frames = [as_bytes(frame) for frame in frames]
-        self._ways = (self._flip, self._flip, self._flip, self._cut, self._splice, self._noise)
+        self._messages = messages
+        self._ways: list[Callable[[bytearray], None]] = [
+            self._flip,
+            self._cut,
+            self._splice,
+            self._insert,
+        ]
 
     def frames(self, count: int) -> Iterator[bytes]:
+        """Half of them are still messages, with values that nobody sends."""
         for _ in range(count):
-            frame = bytearray(self._random.choice(self._frames))
-            for _ in range(self._random.choice((1, 1, 2))):
+            message = self._random.choice(self._messages)
+            if self._random.random() < 0.5:
+                copy = type(message).FromString(message.SerializeToString())
+                for _ in range(self._random.randint(1, 3)):
+                    self._set_field(copy)
+                yield copy.SerializeToString()
+            else:
+                frame = bytearray(message.SerializeToString())
                 self._random.choice(self._ways)(frame)
-            yield bytes(frame)
+                yield bytes(frame)
+
+    def _set_field(self, message: Message) -> None:
+        """Give one field, at any depth, an extreme value."""
+        fields: list[FieldDescriptor] = [*message.DESCRIPTOR.fields]
+        present = {field.number for field, _ in message.ListFields()}
+        field = self._random.choice([f for f in fields if f.number in present] or fields)
+        value = getattr(message, field.name)
+        if field.is_repeated:
+            self._set_list(value, field)
+        elif field.message_type is not None:
+            self._set_field(value)
+        else:
+            setattr(message, field.name, self._scalar(field))
+
+    def _set_list(self, values: Any, field: FieldDescriptor) -> None:  # noqa: ANN401 - of any type
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            self._set_field(values[self._random.choice([*values, "foreach"])])
+        elif self._random.random() < 0.2:
+            del values[:]
+        elif field.message_type is None:
+            values.append(self._scalar(field))
+        elif values:
+            self._set_field(self._random.choice(values))
+        else:
+            values.add()
+
+    def _scalar(self, field: FieldDescriptor) -> object:
+        match field.cpp_type:
+            case FieldDescriptor.CPPTYPE_STRING if field.type == FieldDescriptor.TYPE_BYTES:
+                return self._random.randbytes(self._random.choice((0, 1, 511, 513)))
+            case FieldDescriptor.CPPTYPE_STRING:
+                return self._random.choice(("", "\0", "é" * 9, "weight", "exp_avg", "x" * 9999))
+            case FieldDescriptor.CPPTYPE_BOOL:
+                return self._random.random() < 0.5
+            case FieldDescriptor.CPPTYPE_DOUBLE:
+                return self._random.choice((0.0, -1.0, 1e308, float("inf"), float("nan")))
+            case FieldDescriptor.CPPTYPE_INT64:
+                return self._random.choice((0, -1, 1, 2**31, 2**63 - 1, -(2**63)))
+            case FieldDescriptor.CPPTYPE_UINT64:
+                return self._random.choice((0, 1, 2, 512, 2**32, 2**64 - 1))
+            case FieldDescriptor.CPPTYPE_UINT32:
+                return self._random.choice((0, 1, 2, 3, 2**16, 2**32 - 1))
+            case FieldDescriptor.CPPTYPE_ENUM:
+                return self._random.choice((0, 1, 2, 3, 5, 99, -1))
+        raise AssertionError(f"no value for {field.full_name}")
 
     def _position(self, frame: bytearray) -> int:
         """Mostly in the head, where a frame says what it is."""
-        end = min(len(frame), self._random.choice((4, 16, 64, len(frame))))
-        return self._random.randint(0, end)
+        return self._random.randint(0, min(len(frame), self._random.choice((8, 64, len(frame)))))
 
     def _flip(self, frame: bytearray) -> None:
         for _ in range(self._random.randint(1, 4)):
             at = self._position(frame)
-            frame[at : at + 1] = bytes([self._random.choice((0, 1, 127, 128, 255, *range(256)))])
+            frame[at : at + 1] = bytes([self._random.randrange(256)])
 
     def _cut(self, frame: bytearray) -> None:
         del frame[self._position(frame) :]
 
     def _splice(self, frame: bytearray) -> None:
-        other = self._random.choice(self._frames)
-        at = self._position(frame)
-        frame[at:] = other[self._random.randint(0, len(other)) :]
+        other = self._random.choice(self._messages).SerializeToString()
+        frame[self._position(frame) :] = other[self._random.randint(0, len(other)) :]
 
-    def _noise(self, frame: bytearray) -> None:
+    def _insert(self, frame: bytearray) -> None:
         at = self._position(frame)
         frame[at:at] = self._random.randbytes(self._random.randint(1, 40))
+
+
+def messages(job: HandJob, worker: WorkerId) -> dict[str, list[Message]]:
+    """All that a worker sends to shard 1, by method."""
+    part = job.parts_of(1)[0]
+    join = job.request(rank=0, shard=1)
+    join.worker.CopyFrom(worker)
+    spec = tensor_pb2.TensorSpec(name="exp_avg", dtype="DATA_TYPE_FLOAT32", shape=[part.length])
+    state = tensor_pb2.StateTensor(part=part.index, spec=spec, data=bytes(part.num_bytes))
+    chunk = tensor_pb2.TensorChunk(spec=spec, data=bytes(part.num_bytes))
+    pushes = map(ExchangeRequest.FromString, job.pushes(0, 1))
+    initial = codec.encode_initial(part, job.parameters)
+    return {
+        "Join": [join],
+        "Exchange": [
+            ExchangeRequest(hello=Hello(worker=worker)),
+            job.begin(0),
+            *pushes,
+            ExchangeRequest(idle=shard_pb2.Idle(step=job.next_step)),
+            job.arrival(Purpose.MEAN),
+        ],
+        "Load": [
+            LoadRequest(hello=Hello(worker=worker)),
+            LoadRequest.FromString(initial),
+            LoadRequest(state=state),
+            LoadRequest(buffer=chunk),
+        ],
+        "Pull": [shard_pb2.PullRequest(worker=worker, content=Content.Name(n)) for n in (1, 2, 3)],
+        "Leave": [shard_pb2.LeaveRequest(worker=worker, failure="because")],
+    }
+
+
+def outcome(wire: Wire, method: str, *frames: Message | bytes) -> StatusCode:
+    """The status of a call with these frames. AssertionError for one that helps nobody."""
+    call = wire.open(method, iter(frames))
+    with suppress(grpc.RpcError):
+        list(call)
+    code = call.code()
+    assert code in CLEAR, (code, call.details(), method, frames)
+    assert code is StatusCode.OK or call.details(), (code, method, frames)
+    return code
+
+
+# -- A job under attack ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +209,7 @@ def shards(fleet: Fleet) -> list[Process]:
 def started(fleet: Fleet, shards: list[Process]) -> Iterator[HandJob]:
     job = HandJob(fleet)
     job.start()
+    job.step()
     yield job
     job.close()
 
@@ -97,7 +217,7 @@ def started(fleet: Fleet, shards: list[Process]) -> Iterator[HandJob]:
 @pytest.fixture
 def job(started: HandJob, shards: list[Process]) -> Iterator[HandJob]:
     """Worker 0 has given its gradients for the next step, so that no frame of it can change them,
-    and worker 1 has not. After the test both meet, repeat themselves and must get the right values.
+    and worker 1 has not. After the test both repeat themselves and must get the right values.
     """
     peaks = [shard.peak_memory_bytes() for shard in shards]
     hello = ExchangeRequest(hello=started.hello(0))
@@ -110,68 +230,125 @@ def job(started: HandJob, shards: list[Process]) -> Iterator[HandJob]:
         assert "Traceback" not in shards[shard].output
         assert shards[shard].peak_memory_bytes() < peaks[shard] + 200 * MIB
         started.open(0, shard)
-    started.meet(Purpose.MEAN)
+        started.ask_again(0, shard)
     started.step()
-
-
-def outcome(wire: Wire, method: str, *frames: Frame) -> StatusCode:
-    """Send frames, whatever they are. AssertionError for a status that helps nobody."""
-    try:
-        wire.call(method, *frames)
-    except grpc.RpcError as error:
-        sent = [as_bytes(frame).hex() for frame in frames]
-        assert error.code() in CLEAR, (error.code(), error.details(), sent)
-        assert error.details(), sent
-        return error.code()
-    return StatusCode.OK
-
-
-def requests(job: HandJob, worker: shard_pb2.WorkerId) -> dict[str, list[Frame]]:
-    """A frame of every kind for each method, from a worker that is or is not what it says."""
-    part = job.parts_of(1)[0]
-    join = job.request(rank=0, shard=1)
-    join.worker.CopyFrom(worker)
-    spec = tensor_pb2.TensorSpec(name="momentum_buffer", dtype="DATA_TYPE_FLOAT32", shape=[128])
-    state = tensor_pb2.StateTensor(part=part.index, spec=spec, data=bytes(512))
-    chunk = tensor_pb2.TensorChunk(spec=spec, data=bytes(512))
-    meet = shard_pb2.Meet(purpose="PURPOSE_MEAN", step=job.next_step, values=[1.0], weight=1.0)
-    return {
-        "Join": [join],
-        "Exchange": [
-            ExchangeRequest(hello=shard_pb2.Hello(worker=worker)),
-            job.begin(0),
-            *job.pushes(0, 1),
-            ExchangeRequest(idle=shard_pb2.Idle(step=job.next_step)),
-            ExchangeRequest(meet=meet),
-        ],
-        "Load": [
-            LoadRequest(hello=shard_pb2.Hello(worker=worker)),
-            codec.encode_initial(part, job.parameters),
-            LoadRequest(state=state),
-            LoadRequest(buffer=chunk),
-        ],
-        "Pull": [PullRequest(worker=worker, content=content) for content in range(1, 4)],
-        "Leave": [shard_pb2.LeaveRequest(worker=worker, failure="because")],
-    }
-
-
-STRANGER = shard_pb2.WorkerId(rank=0, incarnation=2**62 + 1)
 
 
 @pytest.mark.parametrize("seed", [SEED])
 @pytest.mark.parametrize("method", ["Join", "Exchange", "Load", "Pull", "Leave"])
 def test_no_frame_of_a_stranger_harms_a_shard(job: HandJob, method: str, seed: int) -> None:
-    spoiler = Spoiler(seed, requests(job, STRANGER)[method])
-    codes = Counter(outcome(job.wires[1], method, frame) for frame in spoiler.frames(1000))
-    print(codes)
+    spoiler = Spoiler(seed, messages(job, STRANGER)[method])
+    codes = Counter(outcome(job.wires[1], method, frame) for frame in spoiler.frames(FRAMES))
+    assert codes[StatusCode.OK] == 0
+    assert min(codes[StatusCode.INVALID_ARGUMENT], codes[StatusCode.FAILED_PRECONDITION]) > 20
 
 
 @pytest.mark.parametrize("seed", [SEED, SEED + 1])
 @pytest.mark.parametrize("shard", [0, 1])
-def test_no_frame_of_a_worker_harms_a_shard(job: HandJob, shard: int, seed: int) -> None:
-    spoiler = Spoiler(seed, requests(job, job.workers[0])["Exchange"])
+def test_no_frame_on_a_worker_s_stream_harms_a_shard(job: HandJob, shard: int, seed: int) -> None:
+    spoiler = Spoiler(seed, messages(job, job.workers[0])["Exchange"])
     hello = ExchangeRequest(hello=job.hello(0))
     codes = Counter(
-        outcome(job.wires[shard], "Exchange", hello, frame) for frame in spoiler.frames(1000)
+        outcome(job.wires[shard], "Exchange", hello, frame)
+        for frame in spoiler.frames(FRAMES)
+        if not (shard == 0 and is_absence(frame))
     )
-    print(codes)
+    assert min(codes[StatusCode.OK], codes[StatusCode.INVALID_ARGUMENT]) > 50
+
+
+@pytest.mark.parametrize("seed", [SEED])
+@pytest.mark.parametrize("shard", [0, 1])
+def test_nothing_that_a_worker_loads_harms_a_shard(job: HandJob, shard: int, seed: int) -> None:
+    spoiler = Spoiler(seed, messages(job, job.workers[0])["Load"])
+    hello = LoadRequest(hello=job.hello(0))
+    codes = Counter(
+        outcome(job.wires[shard], "Load", hello, frame) for frame in spoiler.frames(FRAMES)
+    )
+    assert min(codes[StatusCode.OK], codes[StatusCode.INVALID_ARGUMENT]) > 50
+
+
+def is_absence(frame: bytes) -> bool:
+    """Whether a worker says that nobody needs to wait for it, which the lead has to believe."""
+    try:
+        return ExchangeRequest.FromString(frame).WhichOneof("message") in ("idle", "meet")
+    except DecodeError:
+        return False
+
+
+# -- Jobs that would take all memory, or for ever --------------------------------------------------
+
+
+def spec_of(*shapes: tuple[int, ...], part_bytes: int = 2**22) -> Job:
+    """A job of one worker and one shard, with a parameter of each shape."""
+    parameters = tuple(ParameterSpec("w", torch.float32, shape, 0) for shape in shapes)
+    sgd = OptimizerSpec("SGD", ({"lr": 0.1},))
+    return Job("shardline", 1, 1, parameters, part_bytes, 2**25, sgd, "sync", False)
+
+
+def resized(*shapes: Sequence[int], **changes: int) -> JobSpec:
+    """A job of parameters of these shapes, of which no plan has been made."""
+    message = codec.encode_job(spec_of((64,)))
+    [parameter] = message.parameters
+    del message.parameters[:]
+    for shape in shapes:
+        parameter.tensor.shape[:] = shape
+        message.parameters.append(parameter)
+    for name, value in changes.items():
+        setattr(message, name, value)
+    return message
+
+
+MEMORY_BYTES: Final = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+MONSTERS: Final = {
+    "a huge tensor": (resized([2**60]), "too many pieces: choose larger parts"),
+    "many huge sizes": (resized([2**62] * 64), "too many pieces: choose larger parts"),
+    "many sizes": (resized([1] * 10**6), "parameter 'w' has 1000000 dimensions"),
+    "small parts": (resized([2**30], part_bytes=512), "too many pieces: choose larger parts"),
+    "large parts": (resized([2**40], part_bytes=2**40), "part_bytes 1099511627776 is more than"),
+    "many parameters in one bucket": (
+        resized(*[[4096]] * 10**4, part_bytes=512, bucket_bytes=2**63),
+        "too many pieces: choose larger parts",
+    ),
+    "more than the machine's memory": (
+        codec.encode_job(spec_of((MEMORY_BYTES // 2,), part_bytes=2**23)),
+        "shard 0 would hold ",
+    ),
+    "many shards": (
+        resized([64], num_shards=2**32 - 1),
+        "number of shards is 1 on shard 0 and 4294967295 on the worker",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Wire]]:
+    """A shard that nobody has joined."""
+    with Fleet(tmp_path_factory.mktemp("empty")) as fleet:
+        wire = Wire(fleet.addresses[0])
+        yield fleet.shard(0), wire
+        wire.close()
+
+
+@pytest.mark.parametrize("what", MONSTERS)
+def test_a_monstrous_job_is_refused_at_once(empty: tuple[Process, Wire], what: str) -> None:
+    shard, wire = empty
+    job, reason = MONSTERS[what]
+    memory, seconds = shard.peak_memory_bytes(), shard.cpu_seconds()
+    request = JoinRequest(worker=STRANGER, job=job)
+    code, text = wire.refusal("Join", request)
+    assert code in (StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION)
+    assert reason in text
+    assert shard.peak_memory_bytes() < memory + 200 * MIB
+    assert shard.cpu_seconds() < seconds + 4
+    assert wire.describe().phase == shard_pb2.PHASE_EMPTY
+    assert wire.is_serving()
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "reason"),
+    [(2**32 - 1, "4294967295 shards are more than 4096"), (4096, "too many pieces")],
+)
+def test_a_plan_over_very_many_shards_is_not_made(num_shards: int, reason: str) -> None:
+    job = resized([2**24], num_shards=num_shards, part_bytes=512)
+    with pytest.raises(ProtocolError, match=reason):
+        codec.decode_job(job)

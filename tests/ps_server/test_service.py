@@ -49,6 +49,7 @@ def shards(fleet: Fleet) -> list[Process]:
 def started(fleet: Fleet, shards: list[Process]) -> Iterator[HandJob]:
     job = HandJob(fleet)
     job.start()
+    job.step()
     yield job
     job.close()
 
@@ -413,6 +414,16 @@ def test_a_stream_ends_with_what_was_wrong(job: HandJob, what: str) -> None:
         step=job.next_step, next=job.next_step + 1, size=len(as_bytes(stream[-1]))
     )
     assert refusal == (StatusCode.INVALID_ARGUMENT, expected)
+
+
+def test_what_was_wrong_arrives_behind_the_answers_that_are_on_their_way(job: HandJob) -> None:
+    job.next_step -= 1
+    repeated = [job.begin(0), *map(ExchangeRequest.FromString, job.pushes(0, 1))]
+    job.next_step += 1
+    frames = [ExchangeRequest(hello=job.hello(0)), *repeated, ExchangeRequest()]
+    for _ in range(200):  # at some of them a write is under way when the stream ends
+        code, _ = job.wires[1].refusal("Exchange", *frames)
+        assert code is StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
