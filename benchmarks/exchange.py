@@ -11,6 +11,7 @@ over and what they end up with. Other settings come from SHARDLINE_* variables.
 import argparse
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -128,6 +129,7 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 
 
 def work(job: Job, rank: int) -> Measured:
+    logging.disable(logging.WARNING)  # workers may be there before the shards
     num_workers, limit = job.config.cluster.num_workers, timedelta(seconds=START_SECONDS)
     config = replace(job.config, cluster=replace(job.config.cluster, rank=rank))
     worker, tensor = Worker(config, job.num_mib), torch.empty(job.num_mib * MIB // 4)
@@ -147,8 +149,6 @@ def work(job: Job, rank: int) -> Measured:
                 raise RuntimeError("the tensor is not the sum over all workers")
     shard_cpu = cpu_seconds(job.shard_pids) - shard_cpu
     worker.leave(last, num_workers)
-    if num_workers > 1:
-        torch.distributed.destroy_process_group()
     return Measured({name: each[NUM_WARM_UP_STEPS:] for name, each in steps.items()}, shard_cpu)
 
 
@@ -177,9 +177,8 @@ def results_of(calls: list[Result], shards: list[Process], wait_seconds: float) 
     """Wait for all workers. The first failure, also of a shard, is raised."""
     deadline = time.monotonic() + wait_seconds
     while not all(call.ready() for call in calls):
-        for call in calls:
-            if call.ready():
-                call.get()
+        for call in (each for each in calls if each.ready()):
+            call.get()
         if any(shard.poll() for shard in shards):
             raise RuntimeError("a shard has failed")
         if time.monotonic() > deadline:
@@ -248,10 +247,9 @@ def draw(rows: Sequence[dict[str, object]]) -> Table:
 
 
 def facts() -> dict[str, object]:
-    loads = [round(load, 2) for load in os.getloadavg()]
     here = {"num_cpus": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
     packages = {name: version(name) for name in ("torch", "grpcio", "protobuf")}
-    return {**here, "load_average": loads, "python": platform.python_version(), **packages}
+    return {**here, "python": platform.python_version(), **packages}
 
 
 def numbers(text: str) -> list[int]:
@@ -275,7 +273,7 @@ def parse() -> Namespace:
 
 
 def main() -> None:
-    chosen, machine, base = parse(), facts(), settings.load()
+    chosen, base, loads = parse(), settings.load(), [os.getloadavg()[0]]
     base = replace(base, metrics=settings.MetricsConfig(port=-1))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that processes are ended then, too
     processes.set_forkserver_preload(["torch.distributed", "ps_worker.exchange"])
@@ -285,6 +283,7 @@ def main() -> None:
             runs.setdefault((num_workers, system), []).append(one)
             step = f"W={num_workers}, {system}: {median(one.step_ms):.1f} ms"
             print(f"round {number + 1} of {chosen.rounds}, {step}", flush=True)
+        loads.append(os.getloadavg()[0])
     rows: list[dict[str, object]] = []
     for (num_workers, system), rounds in runs.items():
         gloo, num_mib = runs.get((num_workers, GLOO), []), num_workers * chosen.megabytes
@@ -292,7 +291,8 @@ def main() -> None:
     Console().print(draw(rows))
     if chosen.json:
         document = {name: getattr(chosen, name) for name in ("megabytes", "shards", "steps")}
-        document |= {"part_bytes": base.exchange.part_bytes, "machine": machine, "rows": rows}
+        document |= {"part_bytes": base.exchange.part_bytes, "machine": facts(), "rows": rows}
+        document["load_average"] = [round(load, 1) for load in loads]  # first before the start
         chosen.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

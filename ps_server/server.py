@@ -13,6 +13,7 @@ import torch
 from google.protobuf.descriptor import ServiceDescriptor
 
 from ps_core.config import Config, listen_address, shard_address
+from ps_core.memory import keep_freed_memory
 from ps_core.metrics import ShardMetrics, start_endpoint
 from ps_core.rpc import LEAD_SERVICE, SHARD_SERVICE, build_server
 from ps_server.lead import Failed
@@ -33,6 +34,7 @@ def serve(config: Config, announce: Callable[[str], None]) -> None:
     `announce` is called once, with the address and the metrics URL, when the shard takes calls.
     Raises JobFailedError when the job failed, ConfigError when a port cannot be bound.
     """
+    keep_freed_memory()
     torch.set_num_threads(config.worker.threads or 1)
     torch.optim.SGD([torch.zeros(1)])  # loads half of torch, for seconds: not while a worker joins
     # With the first optimizer torch imports its compiler, which takes seconds: not while the first

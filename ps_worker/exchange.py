@@ -14,6 +14,7 @@ from ps_core.config import Config
 from ps_core.errors import JobFailedError, MismatchError, ProtocolError, ShardlineError
 from ps_core.exchange import Meeting, Outcome, Purpose, ReadExtras, Start, StateByParameter, Traffic
 from ps_core.job import Job
+from ps_core.memory import keep_freed_memory
 from ps_core.metrics import WorkerMetrics
 from ps_core.optim_spec import SCALAR_STATE, Hyperparameters, OptimizerSpec
 from ps_core.plan import Part, Plan
@@ -57,6 +58,7 @@ class ParameterServerExchange:
         Raises ShardUnreachableError, MismatchError, DataLossError or JobFailedError, each within
         its timeout.
         """
+        keep_freed_memory()
         self._plan, self._buckets, self._extras = plan, buckets, extras
         self._parts = {b.layout.index: plan.parts_of_bucket(b.layout.index) for b in buckets}
         self._positions = {

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -76,7 +78,8 @@ class _Host:
         self.name = name
         self._stderr = folder / f"{name}.stderr"
         with self._stderr.open("ab") as stderr:
-            # Warnings are errors here, too. In a session of its own Ctrl-C does not reach it.
+            # Warnings are errors here, too. In a process group of its own it is not reached by
+            # Ctrl-C, and is killed with all that it has forked.
             self._process = subprocess.Popen(
                 [sys.executable, "-W", "error", "-m", "tests.host"],
                 cwd=ROOT,
@@ -85,7 +88,7 @@ class _Host:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                start_new_session=True,
+                process_group=0,
             )
         self._reader = threading.Thread(target=self._read, args=(inbox,), name=name, daemon=True)
         self._reader.start()
@@ -102,11 +105,9 @@ class _Host:
     def send(self, command: Message) -> None:
         """Give a command. An answer, or None when the process has died, comes to the inbox."""
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it has died, which its reader tells
             self._process.stdin.write(json.dumps(command) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            return  # it has died, which its reader tells
 
     def write_stacks(self) -> None:
         """Let it write to stderr what it is doing."""
@@ -118,24 +119,16 @@ class _Host:
         lines = self._stderr.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-num_lines:])
 
-    def hang_up(self) -> None:
-        """Close its stdin, upon which it ends."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.close()
-        except BrokenPipeError:
-            return
-
-    def reap(self) -> None:
-        """Wait for its end, after `hang_up`; kill it when it takes too long."""
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(timeout=5)
+    def end(self) -> None:
+        """Kill it with all that it has forked, and wait for its end."""
+        if self._process.returncode is None:
+            os.killpg(self._process.pid, signal.SIGKILL)  # not waited for, so still its number
+        self._process.wait(timeout=5)
         self._reader.join(timeout=5)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
 
 
 class Cluster:
@@ -281,9 +274,7 @@ class Cluster:
 
     def _end_hosts(self) -> None:
         for host in self._hosts.values():
-            host.hang_up()
-        for host in self._hosts.values():
-            host.reap()
+            host.end()
         self._hosts = {}
 
     def _collect(self, names: Sequence[str], seconds: float, what: str) -> dict[str, Message]:

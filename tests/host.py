@@ -11,7 +11,6 @@ import json
 import os
 import queue
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
@@ -75,23 +74,31 @@ def _obey(command: Message, announce: Callable[[str], None]) -> Message:
         return {"event": "failed", "error": f"{type(cause).__name__}: {cause}", "traceback": text}
 
 
-def _read_commands(commands: queue.SimpleQueue[str]) -> None:
-    for line in sys.stdin:
+def _read_commands(source: TextIO, commands: queue.SimpleQueue[str]) -> None:
+    for line in source:
         commands.put(line)
     os._exit(0)
 
 
-def _private_stdout() -> TextIO:
-    """The pipe to the test, which nobody else writes to from now on."""
+def _private_pipes() -> tuple[TextIO, TextIO]:
+    """The pipes from and to the test, which the code under test neither reads nor writes.
+
+    Python's own `sys.stdin` will not do: a process that torch's DataLoader forks closes it, and
+    would wait forever for the thread that reads here.
+    """
+    commands = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     os.dup2(2, 1)
-    return answers
+    return commands, answers
 
 
 def main() -> None:
     """Take commands until stdin closes."""
     faulthandler.register(STACKS_SIGNAL)
-    answers = _private_stdout()
+    source, answers = _private_pipes()
 
     def send(message: Message) -> None:
         answers.write(json.dumps(message) + "\n")
@@ -100,7 +107,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1)])  # imports half of torch: not in the middle of a job
     commands: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
+    threading.Thread(target=_read_commands, args=(source, commands), daemon=True).start()
     send({"event": "up"})
     while True:
         command = json.loads(commands.get())

@@ -18,8 +18,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -27,7 +27,7 @@ from typing import Final
 from ps_core.config import inherited_environment
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-PATIENCE_SECONDS: Final = 60.0
+PATIENCE_SECONDS: Final = 100.0
 """Bounds every wait; nothing takes that long, not even on a busy machine."""
 
 _TAIL_LINES: Final = 40
@@ -36,9 +36,9 @@ _SETTINGS: Final[Mapping[str, object]] = {
     "metrics.port": -1,
     "worker.device": "cpu",
     "worker.threads": 1,
-    "rpc.connect_timeout_seconds": 30,
+    "rpc.connect_timeout_seconds": 90,
     "rpc.reconnect_seconds": 1,
-    "membership.join_timeout_seconds": 30,
+    "membership.join_timeout_seconds": 90,
 }
 
 
@@ -69,6 +69,63 @@ def occupied_port() -> Iterator[int]:
     """A port that somebody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
+
+
+class Proxy:
+    """Carries connections to `address` from an address of its own, until they are cut."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._target = host, int(port)
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        self._run(self._accept)
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self.cut()
+        for thread in self._threads:
+            thread.join(PATIENCE_SECONDS)
+        self._server.close()
+
+    def cut(self) -> None:
+        """Break all connections; new ones are taken."""
+        while self._open:
+            with suppress(OSError):  # it was broken already
+                self._open.pop().shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # the server was shut down
+            while True:
+                near, _ = self._server.accept()
+                self._run(self._connect, near)
+
+    def _connect(self, near: socket.socket) -> None:
+        with suppress(OSError), near, socket.create_connection(self._target) as far:
+            self._open += [near, far]
+            back = self._run(self._carry, far, near)
+            self._carry(near, far)
+            back.join(PATIENCE_SECONDS)
+
+    @staticmethod
+    def _carry(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):  # cut
+            while data := source.recv(2**16):
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):  # cut
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _run(self, work: Callable[..., None], *arguments: socket.socket) -> threading.Thread:
+        thread = threading.Thread(target=work, args=arguments, name="proxy", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return thread
 
 
 # -- Processes -------------------------------------------------------------------------------------
@@ -217,10 +274,19 @@ class Fleet:
             process.close()
             print(process.tail())  # noqa: T201 - pytest shows it with the failure
 
+    def start(
+        self, name: str, arguments: Sequence[str], settings: Mapping[str, object] = {}
+    ) -> Process:
+        """Start Python with these arguments."""
+        own = {**self.settings, **settings}
+        process = Process(name, [sys.executable, *arguments], own)
+        self._processes.append(process)
+        return process
+
     def start_shard(self, index: int, settings: Mapping[str, object] = {}) -> Process:
         """Start a shard, and do not wait for it."""
-        own = {**self.settings, "server.index": index, **settings}
-        return self._start(f"shard {index}", [sys.executable, "-m", "ps_server"], own)
+        own = {"server.index": index, **settings}
+        return self.start(f"shard {index}", ["-m", "ps_server"], own)
 
     def shard(self, index: int, settings: Mapping[str, object] = {}) -> Process:
         """Start a shard and wait until it takes calls."""
@@ -239,10 +305,4 @@ class Fleet:
         """Start a worker that runs the text of `script`, and do not wait for it."""
         path = self.folder / f"worker-{rank}-{len(self._processes)}.py"
         path.write_text(script)
-        own = {**self.settings, "cluster.rank": rank, **settings}
-        return self._start(f"worker {rank}", [sys.executable, str(path)], own)
-
-    def _start(self, name: str, command: list[str], settings: Mapping[str, object]) -> Process:
-        process = Process(name, command, settings)
-        self._processes.append(process)
-        return process
+        return self.start(f"worker {rank}", [str(path)], {"cluster.rank": rank, **settings})

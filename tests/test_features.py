@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -971,6 +972,36 @@ def test_workers_with_their_own_data_may_take_unequal_numbers_of_steps(
             batches.append(concatenated([both[r] for r in (0, 1) if number < num_steps[r]]))
     model = initial_net()
     train(model, plain_optimizer("AdamW", model, lr=LR), batches)
+    for rank, result in enumerate(results):
+        assert_close(result.tensors, model.state_dict(), 1e-10, f"worker {rank}")
+
+
+def fork_loaders(session: Session, *, num_epochs: int) -> Returned:
+    """With DataLoader's own processes, forked anew in every pass while the streams are open."""
+    # From Python 3.12 on fork() warns when there are threads; here it is the point.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    x, y = samples(24)
+    model = Net()
+    optimizer = session.optimizer(torch.optim.AdamW(model.parameters(), lr=LR), model)
+    loader = session.loader(TensorDataset(torch.arange(24), x, y), 4, num_workers=2)
+    seen = []
+    for _ in session.epochs(num_epochs):
+        for rows, inputs, targets in loader:
+            seen.append([optimizer.next_step, rows.tolist()])
+            optimizer.zero_grad()
+            loss_of(model, (inputs, targets)).backward()
+            optimizer.step()
+    return {"seen": seen, **model.state_dict()}
+
+
+def test_a_loader_may_fork_processes_of_its_own_in_the_middle_of_a_job(cluster: Cluster) -> None:
+    num_epochs = 6
+    results = cluster.run(fork_loaders, environ=JOB_SEED, num_epochs=num_epochs)
+    seen = [entry for result in results for entry in result.values["seen"]]
+    x, y = samples(24)
+    rows = [[n for at, rows in seen if at == step for n in rows] for step in range(3 * num_epochs)]
+    model = initial_net()
+    train(model, plain_optimizer("AdamW", model, lr=LR), [(x[each], y[each]) for each in rows])
     for rank, result in enumerate(results):
         assert_close(result.tensors, model.state_dict(), 1e-10, f"worker {rank}")
 
