@@ -23,6 +23,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_blocks_of_a_frames_size_are_not_mapped_again() -> None:
     command = [sys.executable, "-c", _PROGRAM]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603 - our own program
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     # 20 times two blocks of 1024 pages each, if they were mapped anew.
     assert int(done.stdout) < 20 * 1024
