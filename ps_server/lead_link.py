@@ -44,6 +44,11 @@ class LeadLink:
         self._said[type(message)] = request
         self._outgoing.put_nowait(request)
 
+    @property
+    def _has_job(self) -> bool:
+        """A worker has joined this shard: until then a restart of the lead loses nothing."""
+        return self._node.shard is not None
+
     async def run(self) -> None:
         """Serve the link until the node has ended; when the lead cannot be reached in time, end the
         node.
@@ -60,7 +65,8 @@ class LeadLink:
                     self._handle(error_from(error.code(), error.details() or ""))
                 except ShardlineError as error:
                     self._node.end(error)
-                patience = self._config.reconnect_seconds
+                if self._has_job:
+                    patience = self._config.reconnect_seconds
                 await asyncio.sleep(random.uniform(0.05, 0.25))  # noqa: S311 - jitter, not a secret
 
     async def _serve(self, channel: grpc.aio.Channel) -> None:
@@ -76,6 +82,7 @@ class LeadLink:
     def _obey(self, message: lead_pb2.ControlResponse) -> None:
         if message.HasField("welcome"):
             self._lead_incarnation = message.welcome.lead_incarnation
+            log.info("connected to the lead at %s", self._address)
         order = decode_order(message)
         if order is not None:
             self._node.obey(order)
@@ -83,11 +90,10 @@ class LeadLink:
     async def _requests(
         self, outgoing: asyncio.Queue[lead_pb2.ControlRequest | None]
     ) -> AsyncIterator[lead_pb2.ControlRequest]:
-        has_job = self._node.shard is not None  # until then a restart of the lead loses nothing
         hello = lead_pb2.ShardHello(
             shard=self._node.index,
             incarnation=self._node.incarnation,
-            expected_lead_incarnation=self._lead_incarnation if has_job else 0,
+            expected_lead_incarnation=self._lead_incarnation if self._has_job else 0,
         )
         yield lead_pb2.ControlRequest(hello=hello)
         for request in tuple(self._said.values()):

@@ -123,8 +123,8 @@ class _Host:
         """Kill it with all that it has forked, and wait for its end."""
         if self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)  # not waited for, so still its number
-        self._process.wait(timeout=5)
-        self._reader.join(timeout=5)
+        self._process.wait(timeout=30)
+        self._reader.join(timeout=30)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             with suppress(BrokenPipeError):

@@ -94,13 +94,11 @@ class HandStream:
         """The next answer. Raises grpc.RpcError."""
         return shard_pb2.ExchangeResponse.FromString(next(self._call))
 
-    def end(self) -> grpc.StatusCode:
-        """Send nothing more, and return the status once the shard has ended the stream too."""
-        self._outgoing.put(None)
+    def wait(self) -> tuple[grpc.StatusCode, str]:
+        """Wait until the shard ends the stream: status and text."""
         with suppress(grpc.RpcError):
             list(self._call)
-        code: grpc.StatusCode = self._call.code()
-        return code
+        return self._call.code(), self._call.details()
 
 
 class HandJob:

@@ -246,6 +246,21 @@ def test_the_same_process_may_join_again(job: HandJob) -> None:
     assert first.gives_initial_values
 
 
+def test_a_worker_that_joins_and_never_opens_its_stream_ends_the_job(tmp_path: Path) -> None:
+    settings = {"membership.join_timeout_seconds": 0.5}
+    with Fleet(tmp_path, num_workers=2, settings=settings) as fleet:
+        job, shard = HandJob(fleet), fleet.shard(0)
+        for rank in range(2):
+            lead(job).call("Join", job.request(rank, shard=0))
+        job.open(rank=0, shard=0)
+        assert job.streams[0, 0].wait() == (
+            StatusCode.ABORTED,
+            "worker 1 (pid 1 on hand) died: its stream to shard 0 was never opened",
+        )
+        assert shard.wait() == 1
+        job.close()
+
+
 STRANGER = shard_pb2.WorkerId(rank=0, incarnation=1)
 
 
@@ -545,6 +560,23 @@ def test_the_lead_refuses_a_shard_of_an_earlier_run(job: HandJob) -> None:
         StatusCode.DATA_LOSS,
         "the lead (shard 0) restarted and lost its state: start the job again",
     )
+
+
+def test_a_shard_may_restart_until_there_is_something_to_lose(tmp_path: Path) -> None:
+    with Fleet(tmp_path, num_shards=2, num_workers=2) as fleet:
+        job, shard = HandJob(fleet), fleet.shard(0)
+        hello = hello_of_shard(1)
+        for incarnation in (6, 7):
+            hello.hello.incarnation = incarnation
+            welcome, *_ = lead(job).call("LeadService/Control", hello)
+            assert lead_pb2.ControlResponse.FromString(welcome).HasField("welcome")
+        lead(job).call("Join", job.request(rank=0, shard=0))
+        hello.hello.incarnation = 8
+        lost = "shard 1 restarted and lost its state: start the job again"
+        assert lead(job).refusal("LeadService/Control", hello) == (StatusCode.DATA_LOSS, lost)
+        assert shard.wait() == 1
+        assert shard.output.endswith(lost)
+        job.close()
 
 
 def test_a_shard_that_is_not_the_lead_has_no_control_stream(job: HandJob) -> None:
