@@ -92,11 +92,20 @@ class Session:
             ParameterServerExchange(config, metrics) if config.cluster.shards else LocalExchange()
         )
         self._run_dir = Path(config.job.run_dir) if config.job.run_dir else None
-        self._journal = Journal(self._run_dir, self.rank, self.exchange.traffic)
+        self._journal = self._open_journal()
         self._attendance = Attendance()
         self._steps = Steps(metrics, self._journal, self._attendance)
         self._reported: dict[str, Scalar] = {}
         self._model: torch.nn.Module | None = None
+
+    def _open_journal(self) -> Journal:
+        try:
+            return Journal(self._run_dir, self.rank, self.exchange.traffic)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the run directory {self._run_dir} ({error.strerror}): set "
+                "job.run_dir to a folder that exists and may be written to"
+            ) from error
 
     # -- The script's side -------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from ps_core.plan import ParameterSpec, make_plan
 from shardline.session import Session
-from tests.cluster import DEFAULTS, Cluster, one_thread
+from tests.cluster import DEFAULTS, TEST_SECONDS, Cluster, one_thread
 from tests.host import Result
 from tests.reference import (
     JOB_SEED,
@@ -49,6 +49,7 @@ DETERMINISTIC = {"SHARDLINE_CONSISTENCY_DETERMINISTIC": "1"}
 topologies = pytest.mark.parametrize(("num_shards", "num_workers"), TOPOLOGIES)
 several_workers = pytest.mark.parametrize(("num_shards", "num_workers"), SEVERAL_WORKERS)
 Parameters = Mapping[str, torch.Tensor]
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 @pytest.fixture(scope="module")

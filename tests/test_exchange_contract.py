@@ -17,7 +17,7 @@ from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.optimizer import JobExchange
 from ps_core.plan import ParameterSpec, make_plan
 from shardline.session import Session
-from tests.cluster import Cluster, one_thread, run_alone
+from tests.cluster import TEST_SECONDS, Cluster, one_thread, run_alone
 from tests.host import Case, Result
 from tests.reference import JOB_SEED, MIXED, Net, assert_close, loss_of, samples
 
@@ -30,6 +30,7 @@ GROUPS: tuple[Hyperparameters, ...] = (
 """One for weights, one for vectors."""
 Run = Callable[..., list[Result]]
 Returned = Mapping[str, Any]
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 @pytest.fixture(scope="module")

@@ -330,7 +330,6 @@ def test_wrong_settings_end_a_process_with_what_is_wrong(
     assert "Traceback" not in process.output
 
 
-@pytest.mark.xfail(strict=False, reason="the journal raises OSError, and nobody translates it")
 @pytest.mark.parametrize("folder", ["/dev/full", "/nowhere/at/all"])
 def test_a_run_directory_that_cannot_be_written_ends_the_worker_before_it_trains(
     tmp_path: Path, folder: str

@@ -25,7 +25,7 @@ from ps_core.errors import UsageError
 from ps_core.metrics import REGISTRY
 from ps_core.optimizer import ExchangeOptimizer
 from shardline.session import Session
-from tests.cluster import Cluster, one_thread, run_alone
+from tests.cluster import TEST_SECONDS, Cluster, one_thread, run_alone
 from tests.host import Case, Result
 from tests.reference import (
     JOB_SEED,
@@ -56,6 +56,7 @@ MAX_GRAD_NORM = 1.5
 """Between the smallest and the largest norm in the test that uses it."""
 Returned = Mapping[str, Any]
 Scaler = torch.amp.GradScaler
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 @pytest.fixture(scope="module")
