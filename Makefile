@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check protos bench clean
+.PHONY: help install demo test check protos bench stragglers clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-10s %s\n", $$1, $$2 }'
 
 install: $(INSTALLED) ## create .venv with pinned versions of everything
 
@@ -40,6 +40,9 @@ protos: $(INSTALLED) ## write ps_core/v1 again from protos/
 
 bench: $(INSTALLED) ## measure the exchange
 	$(BIN)/python benchmarks/exchange.py
+
+stragglers: $(INSTALLED) ## measure every mode beside DDP with a straggler
+	$(BIN)/python benchmarks/stragglers.py
 
 clean: ## remove everything that can be made again
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

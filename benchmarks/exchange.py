@@ -37,10 +37,11 @@ from rich.table import Table
 
 from ps_core import config as settings
 from ps_core.buckets import make_buckets
-from ps_core.exchange import Purpose
+from ps_core.exchange import Arrival, Purpose, Work
 from ps_core.metrics import WorkerMetrics
 from ps_core.optim_spec import describe, read_groups
 from ps_core.plan import ParameterSpec, make_plan
+from ps_core.settings import ClusterConfig, Config, MetricsConfig, ServerConfig
 from ps_worker.exchange import ParameterServerExchange
 from shardline.ports import free_ports
 
@@ -55,7 +56,7 @@ processes = multiprocessing.get_context("forkserver")
 
 
 class Job(NamedTuple):
-    config: settings.Config
+    config: Config
     shard_pids: list[int]
     gloo_port: int
     num_mib: int
@@ -82,7 +83,7 @@ class Round(NamedTuple):
 class Worker:
     """A worker that has joined; every parameter is 0 at version 0."""
 
-    def __init__(self, config: settings.Config, num_mib: int) -> None:
+    def __init__(self, config: Config, num_mib: int) -> None:
         cluster, exchange = config.cluster, config.exchange
         parameters = [torch.nn.Parameter(torch.zeros(MIB // 4)) for _ in range(num_mib)]
         specs = [ParameterSpec(f"layer{n}", torch.float32, (MIB // 4,), 0) for n in range(num_mib)]
@@ -97,7 +98,7 @@ class Worker:
         self.exchange.join(plan, self.buckets, describe(self.optimizer), dict)
 
     def step(self, step: int) -> None:
-        self.exchange.begin(step, 1, read_groups(self.optimizer))
+        self.exchange.begin(step, Work(samples=1), read_groups(self.optimizer))
         for bucket in reversed(self.buckets):
             self.exchange.submit(bucket, step)
         self.exchange.settle(step)
@@ -106,7 +107,7 @@ class Worker:
         expected = torch.tensor(-version * (1 + num_workers) / 2)  # lr 1, mean of 1 … num_workers
         if not all(torch.allclose(bucket.parameters, expected) for bucket in self.buckets):
             raise RuntimeError("the parameters are not the sum of the mean gradients")
-        self.exchange.meet(Purpose.CLOSE, version)
+        self.exchange.meet(Arrival(Purpose.CLOSE, version))
         self.exchange.close()
 
 
@@ -153,9 +154,9 @@ def work(job: Job, rank: int) -> Measured:
 
 
 @contextlib.contextmanager
-def running_shard(config: settings.Config, index: int) -> Iterator[Process]:
+def running_shard(config: Config, index: int) -> Iterator[Process]:
     """A shard, which ends by itself once its job is complete."""
-    own = settings.to_environment(replace(config, server=settings.ServerConfig(index=index)))
+    own = settings.to_environment(replace(config, server=ServerConfig(index=index)))
     command, env = [sys.executable, "-m", "ps_server"], settings.inherited_environment() | own
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=log)
@@ -187,11 +188,11 @@ def results_of(calls: list[Result], shards: list[Process], wait_seconds: float) 
     return [call.get() for call in calls]
 
 
-def measure(chosen: Namespace, base: settings.Config, num_workers: int) -> dict[str, Round]:
+def measure(chosen: Namespace, base: Config, num_workers: int) -> dict[str, Round]:
     """Both systems, in processes of their own."""
     gloo_port, *ports = free_ports(1 + chosen.shards)
     addresses = tuple(f"127.0.0.1:{port}" for port in ports)
-    config = replace(base, cluster=settings.ClusterConfig(addresses, num_workers))
+    config = replace(base, cluster=ClusterConfig(addresses, num_workers=num_workers))
     wait_seconds = START_SECONDS + STEP_SECONDS * (chosen.steps + NUM_WARM_UP_STEPS)
     with contextlib.ExitStack() as stack:
         shards = [stack.enter_context(running_shard(config, n)) for n in range(chosen.shards)]
@@ -274,7 +275,7 @@ def parse() -> Namespace:
 
 def main() -> None:
     chosen, base, loads = parse(), settings.load(), [os.getloadavg()[0]]
-    base = replace(base, metrics=settings.MetricsConfig(port=-1))
+    base = replace(base, metrics=MetricsConfig(port=-1))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that processes are ended then, too
     processes.set_forkserver_preload(["torch.distributed", "ps_worker.exchange"])
     runs: dict[tuple[int, str], list[Round]] = {}

@@ -12,6 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
 
 import shardline
@@ -55,7 +56,7 @@ def main() -> None:
         torch.manual_seed(session.seed)
         model = cnn().to(session.device)
         optimizer = session.optimizer(torch.optim.AdamW(model.parameters(), lr=args.lr), model)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+        schedule = session.scheduler(lambda o: CosineAnnealingLR(o, T_max=args.epochs))
         loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
 
         loader = session.loader(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import shardline
@@ -89,8 +90,10 @@ def main() -> None:
         model = GPT(args.layers, args.width, args.heads, args.context).to(session.device)
         optimizer = session.optimizer(torch.optim.AdamW(model.parameters(), lr=args.lr), model)
         # The learning rate climbs for a twentieth of the steps, then goes straight down to zero.
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: max(0, min(20 * step + 20, args.steps - step)) / args.steps
+        schedule = session.scheduler(
+            lambda optimizer: LambdaLR(
+                optimizer, lambda step: max(0, min(20 * step + 20, args.steps - step)) / args.steps
+            )
         )
 
         batch_size = max(1, args.batch_size // session.world_size)

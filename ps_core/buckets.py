@@ -45,6 +45,7 @@ class Bucket:
             view.copy_(parameter.detach())
             parameter.data = view
         self.host_parameters.copy_(self.parameters)
+        self._anchor = torch.empty(0, dtype=layout.dtype, device=device)
         self._sample_step = max(1, layout.length // _NUM_SAMPLES)
         self.accept()
 
@@ -73,6 +74,18 @@ class Bucket:
                 view.copy_(gradient)
             else:
                 torch.mul(gradient, scale, out=view)
+
+    def set_anchor(self) -> None:
+        """Keep a copy of the parameters, for `return_to_anchor`."""
+        self._anchor.resize_as_(self.parameters).copy_(self.parameters)
+
+    def return_to_anchor(self) -> None:
+        """Fill `gradients` with anchor − parameters, all of them present, and put the parameters
+        back to the anchor.
+        """
+        torch.sub(self._anchor, self.parameters, out=self.gradients)
+        self.present = [True] * len(self.members)
+        self.parameters.copy_(self._anchor)
 
     def download(self) -> None:
         """Bring the collected gradients to the host, where the exchange reads them."""

@@ -2,7 +2,8 @@
 shape is here.
 
 Frames of the hot path are built and read by hand around their last field, so that the elements are
-copied once on the way out and never on the way in; the bytes are those of the generated classes.
+copied once on the way out and never on the way in. They are what the generated classes write and
+read, except that `data` always comes last.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import TypeVar
 import torch
 from google.protobuf.message import DecodeError, Message
 
-from ps_core.errors import MismatchError, ProtocolError
+from ps_core.config import validate
+from ps_core.errors import ConfigError, MismatchError, ProtocolError
 from ps_core.job import Job
 from ps_core.optim_spec import OPTIMIZERS, Hyperparameters, HyperparameterValue, OptimizerSpec
 from ps_core.plan import ALIGNMENT, ParameterSpec, Part
+from ps_core.settings import Config, ConsistencyConfig
 from ps_core.tensors import TRAINABLE, bytes_of, from_wire, spec_of, tensor_of, to_wire
 from ps_core.v1 import shard_pb2, tensor_pb2
 
@@ -41,8 +44,12 @@ _LOAD_PART = shard_pb2.LoadRequest.PART_FIELD_NUMBER << 3 | 2
 _PULL_PART = shard_pb2.PullResponse.PART_FIELD_NUMBER << 3 | 2
 _STEP = tensor_pb2.Part.STEP_FIELD_NUMBER << 3
 _PART = tensor_pb2.Part.PART_FIELD_NUMBER << 3
+_EPOCH = tensor_pb2.Part.EPOCH_FIELD_NUMBER << 3
+_CLOCK = tensor_pb2.Part.CLOCK_FIELD_NUMBER << 3
 _PRESENT = tensor_pb2.Part.PRESENT_FIELD_NUMBER << 3 | 2
 _DATA = tensor_pb2.Part.DATA_FIELD_NUMBER << 3 | 2
+_LONGEST_SHIFT = 56
+"""Of a varint's last byte: nine bytes hold 63 bits."""
 
 Parsed = TypeVar("Parsed", bound=Message)
 
@@ -56,9 +63,12 @@ def encode_push(step: int, part: Part, present: Sequence[bool], gradients: torch
     return _frame(_REQUEST_PART, head, gradients[part.start : part.start + part.length])
 
 
-def encode_answer(version: int, part: int, parameters: torch.Tensor) -> bytes:
+def encode_answer(
+    version: int, part: int, parameters: torch.Tensor, *, epoch: int = 0, clock: int = 0
+) -> bytes:
     """An ExchangeResponse with a part's parameters."""
-    return _frame(_RESPONSE_PART, tensor_pb2.Part(step=version, part=part), parameters)
+    head = tensor_pb2.Part(step=version, part=part, epoch=epoch, clock=clock)
+    return _frame(_RESPONSE_PART, head, parameters)
 
 
 def encode_initial(part: Part, parameters: torch.Tensor) -> bytes:
@@ -79,6 +89,8 @@ class PartFrame:
     step: int
     part: int
     present: bytes
+    epoch: int
+    clock: int
     data: memoryview
 
 
@@ -106,11 +118,13 @@ def _parse_part(field: int, frame: bytes) -> PartFrame | None:
         size, at = _read_varint(frame, 1)
         if frame[0] != field or at + size != len(frame):
             return None
-        numbers, present = {_STEP: 0, _PART: 0}, b""
+        numbers, present = dict.fromkeys((_STEP, _PART, _EPOCH, _CLOCK), 0), b""
         while True:
             tag, (value, at) = frame[at], _read_varint(frame, at + 1)
             if tag == _DATA and at + value == len(frame):
-                return PartFrame(numbers[_STEP], numbers[_PART], present, memoryview(frame)[at:])
+                step, part, epoch, clock = numbers.values()
+                part &= 0xFFFF_FFFF  # as the generated class does
+                return PartFrame(step, part, present, epoch, clock, memoryview(frame)[at:])
             if tag == _PRESENT:
                 present, at = frame[at : at + value], at + value
             elif tag in numbers:
@@ -122,11 +136,15 @@ def _parse_part(field: int, frame: bytes) -> PartFrame | None:
 
 
 def _read_varint(frame: bytes, at: int) -> tuple[int, int]:
-    """The number at a position, and the position after it. Raises IndexError past the end."""
+    """The number at a position, and the position after it. Raises IndexError past the end, and for
+    a number of more bytes than honest ones have: a megabyte of them would take hours to add up.
+    """
     value = shift = 0
     while frame[at] > 0x7F:
         value |= (frame[at] & 0x7F) << shift
         shift, at = shift + 7, at + 1
+        if shift > _LONGEST_SHIFT:
+            raise IndexError
     return value | frame[at] << shift, at + 1
 
 
@@ -239,8 +257,7 @@ def encode_job(job: Job) -> shard_pb2.JobSpec:
             groups=encode_groups(job.optimizer.groups),
             max_grad_norm=job.optimizer.max_grad_norm,
         ),
-        mode=job.mode,
-        deterministic=job.deterministic,
+        consistency=_encode_consistency(job.consistency),
         fingerprint=job.plan.fingerprint,
     )
 
@@ -263,8 +280,7 @@ def decode_job(message: shard_pb2.JobSpec) -> Job:
             decode_groups(optimizer.groups),
             optimizer.max_grad_norm if optimizer.HasField("max_grad_norm") else None,
         ),
-        mode=message.mode,
-        deterministic=message.deterministic,
+        consistency=_decode_consistency(message.consistency),
         protocol=message.protocol,
     )
     if job.plan.fingerprint != message.fingerprint:
@@ -288,6 +304,8 @@ def _check_sizes(message: shard_pb2.JobSpec) -> None:
         raise ProtocolError(f"unknown optimizer {optimizer.name!r}")
     if optimizer.HasField("max_grad_norm") and not 0 < optimizer.max_grad_norm < math.inf:
         raise ProtocolError(f"max_grad_norm {optimizer.max_grad_norm} is not a positive number")
+    if any("lr" not in group.values for group in optimizer.groups):
+        raise ProtocolError("every parameter group needs an lr")
     if message.num_shards > MAX_SHARDS:
         raise ProtocolError(f"{message.num_shards} shards are more than {MAX_SHARDS}")
     total_bytes = sum(map(_padded_bytes, message.parameters))
@@ -308,6 +326,24 @@ def _padded_bytes(message: shard_pb2.ParameterSpec) -> int:
     if len(tensor.shape) > _MAX_DIMENSIONS:
         raise ProtocolError(f"parameter {tensor.name!r} has {len(tensor.shape)} dimensions")
     return (math.prod(tensor.shape) + ALIGNMENT) * from_wire(tensor.dtype).itemsize
+
+
+def _encode_consistency(config: ConsistencyConfig) -> shard_pb2.Consistency:
+    names = (field.name for field in shard_pb2.Consistency.DESCRIPTOR.fields)
+    return shard_pb2.Consistency(**{name: getattr(config, name) for name in names})
+
+
+def _decode_consistency(message: shard_pb2.Consistency) -> ConsistencyConfig:
+    """Raises ProtocolError for what no configuration allows."""
+    names = (field.name for field in message.DESCRIPTOR.fields)
+    config = ConsistencyConfig(**{name: getattr(message, name) for name in names})
+    if (config.mode, config.bound) == ("bounded", 0):
+        raise ProtocolError("consistency.bound = 0: this is mode sync, not bounded")
+    try:
+        validate(Config(consistency=config))
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
+    return config
 
 
 def _encode_parameter(spec: ParameterSpec) -> shard_pb2.ParameterSpec:

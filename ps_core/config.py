@@ -17,139 +17,24 @@ import argparse
 import contextlib
 import difflib
 import ipaddress
-import math
+import logging
 import os
 import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, get_args, get_origin
+from typing import Any, Final, Literal, get_args, get_origin
 
 from ps_core.errors import ConfigError
+from ps_core.settings import INF, LIST, Config
 
 PREFIX: Final = "SHARDLINE_"
 FILE_VARIABLE: Final = "SHARDLINE_CONFIG"
-INF: Final = math.inf
 
-T = TypeVar("T")
-LIST = tuple[str, ...]
-
-
-def _key(
-    default: T, help: str, flag: str = "", low: float = -INF, high: float = INF, step: int = 0
-) -> T:
-    """A field that is a configuration key; its annotation gives the type and the choices."""
-    limits = {"low": low, "high": high, "step": step}
-    return field(default=default, metadata={"help": help, "flag": flag, **limits})
-
-
-@dataclass(frozen=True, slots=True)
-class JobConfig:
-    """What this training run is called and where it writes."""
-
-    id: str = _key("shardline", "Name of the job; another job's workers are refused.", "--job-id")
-    seed: int = _key(0, "Seed of the random generators.", "--seed", 0, 2**32 - 1)
-    run_dir: str = _key("", "Folder for logs and results; empty: none.", "--run-dir")
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterConfig:
-    """Who takes part."""
-
-    shards: tuple[str, ...] = _key(
-        (), "Each shard's `host:port`, in index order; empty: train alone.", "--shard-addresses"
-    )
-    num_workers: int = _key(1, "Number of workers; at least one is needed.", "--num-workers", 1)
-    rank: int = _key(0, "Rank of this worker, below `cluster.num_workers`.", "--rank", 0)
-
-
-@dataclass(frozen=True, slots=True)
-class ServerConfig:
-    """One shard."""
-
-    index: int = _key(0, "Index of this shard: its position in `cluster.shards`.", "--index", 0)
-    host: str = _key("127.0.0.1", "Address to listen on.", "--host")
-    port: int = _key(0, "Port to listen on; 0: as in `cluster.shards`.", "--port", 0, 65535)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerConfig:
-    """One worker."""
-
-    device: str = _key(
-        "auto", "Torch device; `auto`: `cuda` if there is one, or `cpu`.", "--device"
-    )
-    threads: int = _key(0, "Torch threads per process; 0: torch's own choice.", "--threads", 0)
-    nonfinite: Literal["error", "skip"] = _key(
-        "error", "Gradients with NaN or infinity end the job, or skip the step.", "--nonfinite"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class ConsistencyConfig:
-    """What an update waits for."""
-
-    mode: Literal["sync"] = _key("sync", "`sync`: an update waits for every worker.", "--mode")
-    deterministic: bool = _key(False, "Add in rank order: runs repeat exactly.", "--deterministic")
-
-
-@dataclass(frozen=True, slots=True)
-class ExchangeConfig:
-    """How gradients are collected into buckets, and buckets cut into the parts that are sent."""
-
-    part_bytes: int = _key(2**22, "Bytes of the largest part.", "--part-bytes", 512, 2**23, 512)
-    bucket_bytes: int = _key(2**25, "Bytes of gradients ready together.", "--bucket-bytes", 256)
-
-
-@dataclass(frozen=True, slots=True)
-class RpcConfig:
-    """Connections between workers and shards."""
-
-    insecure: bool = _key(False, "Allow unprotected TCP beyond loopback.", "--insecure")
-    connect_timeout_seconds: float = _key(60.0, "Seconds to wait for a shard to start.", low=0.001)
-    call_timeout_seconds: float = _key(15.0, "Seconds a single call may take.", low=0.001)
-    keepalive_seconds: float = _key(10.0, "Seconds between pings that find dead peers.", low=0.001)
-    reconnect_seconds: float = _key(
-        3.0, "Seconds a broken stream has to reopen before its peer counts as lost.", low=0
-    )
-    drain_seconds: float = _key(5.0, "Seconds for open calls when stopping.", "--drain-seconds", 0)
-
-
-@dataclass(frozen=True, slots=True)
-class MembershipConfig:
-    """Who is waited for."""
-
-    join_timeout_seconds: float = _key(
-        120.0, "Seconds the first worker waits for all others to join.", "--join-timeout", 0.001
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class MetricsConfig:
-    """The `/metrics` endpoint for Prometheus."""
-
-    host: str = _key("127.0.0.1", "Address the endpoint listens on.")
-    port: int = _key(
-        0, "Its port; 0: a free one, printed; -1: no endpoint.", "--metrics-port", -1, 65535
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """All sections. `load` returns a valid one; after `dataclasses.replace` call `validate`."""
-
-    job: JobConfig = field(default_factory=JobConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    server: ServerConfig = field(default_factory=ServerConfig)
-    worker: WorkerConfig = field(default_factory=WorkerConfig)
-    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
-    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
-    rpc: RpcConfig = field(default_factory=RpcConfig)
-    membership: MembershipConfig = field(default_factory=MembershipConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +111,7 @@ def load(
         parts[section][name] = value
     config = Config(**{section: kind(**parts[section]) for section, kind in _SECTIONS.items()})
     validate(config)
-    return config
+    return _without_bound_0(config)
 
 
 def _read_file(path: Path) -> dict[str, object]:
@@ -295,18 +180,71 @@ def _allows(setting: _Setting, value: object) -> bool:
     return in_range and (not setting.step or value % setting.step == 0)
 
 
+def _without_bound_0(config: Config) -> Config:
+    """Bounded staleness applies each gradient by itself, so a bound of 0 would not be synchronous
+    (N workers make N small updates): what is meant by it is `sync`.
+    """
+    if (config.consistency.mode, config.consistency.bound) != ("bounded", 0):
+        return config
+    log.warning("consistency.bound = 0: training is synchronous (mode sync)")
+    default = type(config.consistency)().bound
+    return replace(config, consistency=replace(config.consistency, mode="sync", bound=default))
+
+
 def validate(config: Config) -> None:
     """Check the range of every key, and what keys ask of each other; ConfigError names the key."""
     for setting in _SETTINGS.values():
         _check(setting, attrgetter(setting.key)(config), "given in code")
-    shards, rank, workers = config.cluster.shards, config.cluster.rank, config.cluster.num_workers
+    _validate_cluster(config)
+    _validate_consistency(config)
+
+
+def _validate_cluster(config: Config) -> None:
+    cluster = config.cluster
+    shards, rank = cluster.shards, cluster.rank
     for address in shards:
         if _split(address)[1] == 0 or shards.count(address) > 1:
             raise ConfigError(f"cluster.shards: each shard needs its own address, not {address}")
-    if rank >= workers:
-        raise ConfigError(f"cluster.rank = {rank} must be below cluster.num_workers = {workers}")
+    if 0 < cluster.max_workers < cluster.num_workers:
+        raise ConfigError(
+            f"cluster.max_workers = {cluster.max_workers} is below cluster.num_workers = "
+            f"{cluster.num_workers}"
+        )
+    if rank >= cluster.num_ranks:
+        raise ConfigError(
+            f"cluster.rank = {rank} must be below the number of workers, {cluster.num_ranks} "
+            "(cluster.num_workers, or cluster.max_workers)"
+        )
+    if config.membership.min_workers > cluster.num_workers:
+        raise ConfigError(
+            f"membership.min_workers = {config.membership.min_workers} is above "
+            f"cluster.num_workers = {cluster.num_workers}"
+        )
     if shards:
         shard_address(config, config.server.index)
+
+
+def _validate_consistency(config: Config) -> None:
+    """Each mode is a quorum and a bound, with at most one modifier of its own."""
+    given = config.consistency
+    modifiers = {
+        "backup_workers": ("sync", bool(given.backup_workers)),
+        "staleness_scaling": ("async", given.staleness_scaling),
+        "delay_compensation": ("async", bool(given.delay_compensation)),
+    }
+    for name, (mode, is_set) in modifiers.items():
+        if is_set and given.mode != mode:
+            raise ConfigError(f"consistency.{name} goes with mode {mode}, not {given.mode}")
+    if given.staleness_scaling and given.delay_compensation:
+        raise ConfigError(
+            "consistency.staleness_scaling and consistency.delay_compensation answer the same "
+            "question: choose one"
+        )
+    if given.backup_workers >= config.cluster.num_ranks > 1:
+        raise ConfigError(
+            f"consistency.backup_workers = {given.backup_workers} must be below the number of "
+            f"workers, {config.cluster.num_ranks}"
+        )
 
 
 def shard_address(config: Config, index: int) -> str:

@@ -52,12 +52,36 @@ class ShardUnreachableError(ShardlineError):
     exit_code = 3
 
 
+class EvictedError(ShardlineError):
+    """This process takes no part any more: it was silent, late or replaced. Another may come."""
+
+    retryable = True
+    exit_code = 3
+
+
 class JoinTimeoutError(ShardlineError):
     """Some workers never joined; the message names them."""
 
 
+class JobOverError(ShardlineError):
+    """The job was complete before this worker could take part: nothing is left to do."""
+
+    exit_code = 0
+
+
 class NonFiniteError(ShardlineError):
     """A gradient or loss holds NaN or infinity."""
+
+
+class Preempted(SystemExit):
+    """This process was told to end (SIGTERM) and leaves the job well, between two steps.
+
+    Not an Exception: a script that handles its errors must not go on training. The exit code is
+    EX_TEMPFAIL, by which a launcher knows to replace the process without counting a failure.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(75)
 
 
 # The translation table, the same in both directions.
@@ -67,6 +91,7 @@ _STATUSES: Final[dict[type[ShardlineError], grpc.StatusCode]] = {
     DataLossError: grpc.StatusCode.DATA_LOSS,
     JobFailedError: grpc.StatusCode.ABORTED,
     ShardUnreachableError: grpc.StatusCode.UNAVAILABLE,
+    EvictedError: grpc.StatusCode.PERMISSION_DENIED,
     JoinTimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 

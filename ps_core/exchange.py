@@ -1,7 +1,8 @@
 """The seams of shardline: what a training step needs from the rest of the fleet.
 
-`Exchange` is gradients in, parameters out. `Peers` is the other workers. `OptimizerState` is the
-state that lives where the parameters are updated. One class implements all three for each strategy.
+`Exchange` is gradients in, parameters out. `Peers` is the other workers. `DataLeases` is who trains
+on which samples. `OptimizerState` is the state that lives where the parameters are updated. One
+class implements all four for each strategy.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Protocol
 import torch
 
 from ps_core.buckets import Bucket
+from ps_core.leases import Lease, PassSpec
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import Plan
 
@@ -28,6 +30,46 @@ class Purpose(enum.IntEnum):
     CLOSE = 5
 
 
+class Farewell(enum.IntEnum):
+    """Why a worker leaves. The numbers are those of the wire."""
+
+    FINISHED = 1
+    PREEMPTED = 2
+    FAILED = 3
+    """Another process may take its place."""
+    FATAL = 4
+    """The same would happen to that one, so the job has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What a worker brings to a meeting."""
+
+    purpose: Purpose
+    step: int
+    """Its next step."""
+    values: tuple[float, ...] = ()
+    weight: float = 1.0
+    takes_leases: bool = False
+    """It goes on with its pass when another worker's lease comes back."""
+    data_epoch: int = 0
+    """Index in `session.epochs`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a running job stands when a worker joins it."""
+
+    data_epoch: int
+    """Index in `session.epochs`."""
+    schedules: tuple[int, ...] = ()
+    """How often each scheduler of `session.scheduler` has been stepped by the other workers, as of
+    their step `schedules_step` in the data epoch `schedules_epoch`.
+    """
+    schedules_step: int = 0
+    schedules_epoch: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Start:
     """What a worker knows once it has joined."""
@@ -36,14 +78,36 @@ class Start:
     """The first step to run."""
     chosen: bool
     """This worker's buffers count, and it writes the model."""
+    position: Position | None = None
+    """Where the job stands, if it was running already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What stands behind the gradients of one step."""
+
+    samples: int
+    """Their weight in the mean; 0: the worker abstains."""
+    leases: tuple[int, ...] = ()
+    """Ids of the leases whose samples they come from."""
+    data_seconds: float = 0.0
+    """How long the worker waited for its data."""
+    compute_seconds: float = 0.0
+    """How long it computed on them."""
+    schedules: tuple[int, ...] = ()
+    """As in `Position`."""
+    data_epoch: int = 0
+    """As in `Position`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one step."""
 
+    next_step: int
+    """The step that this worker takes next."""
     version: int
-    """Version of the parameters now held."""
+    """Version of the parameters now held: updates that are in them."""
     applied: bool
     """False: this step's gradients were not used."""
     staleness: int
@@ -60,6 +124,18 @@ class Meeting:
     """Weighted means of the values every worker brought."""
     chosen: bool
     """This worker's buffers count, and it writes the model."""
+    grant: Grant | None = None
+    """At the end of an epoch: the pass is not over, these samples came back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The answer to one request for a lease."""
+
+    number: int
+    """Of the loader's pass, from 0; it seeds the permutation."""
+    leases: tuple[Lease, ...]
+    """Empty: there is nothing left for this worker now."""
 
 
 @dataclass(slots=True)
@@ -89,9 +165,9 @@ class Exchange(Protocol):
         """
         ...
 
-    def begin(self, step: int, samples: int, hyperparameters: Sequence[Hyperparameters]) -> None:
-        """Open `step`. With `samples` 0 the worker abstains: it submits nothing and takes the
-        others' update.
+    def begin(self, step: int, work: Work, hyperparameters: Sequence[Hyperparameters]) -> None:
+        """Open `step`. With 0 samples the worker abstains: it submits nothing and takes the others'
+        update.
         """
         ...
 
@@ -102,35 +178,46 @@ class Exchange(Protocol):
         ...
 
     def settle(self, step: int) -> Outcome:
-        """Wait until every bucket holds the parameters for `step` + 1, which may be read
+        """Wait until every bucket holds the parameters of the next step, which may be read
         afterwards.
         """
         ...
 
-    def close(self, failure: str = "") -> None:
-        """Leave the job: finished, or failed for the reason given. Idempotent; blocks for a bounded
-        time.
-        """
+    def close(self, farewell: Farewell = Farewell.FINISHED, failure: str = "") -> None:
+        """Leave the job, and say why. Idempotent; blocks for a bounded time."""
         ...
 
 
 class Peers(Protocol):
     """The other workers of the job."""
 
-    def idle(self, step: int) -> None:
-        """From `step` on nobody waits for this worker, until the next meeting. Does not block."""
+    def idle(self) -> None:
+        """From now on nobody waits for this worker, until the next meeting. Does not block."""
         ...
 
-    def meet(
-        self, purpose: Purpose, step: int, values: Sequence[float] = (), weight: float = 1.0
-    ) -> Meeting:
+    def meet(self, arrival: Arrival) -> Meeting:
         """Wait until every worker has come for the same purpose, then hold the newest parameters.
 
-        At the end of an epoch and of the job the chosen worker first hands over its extras.
-
-        Blocks as long as the other workers live: one that dies or fails ends the wait with
-        JobFailedError.
+        With `takes_leases` the wait also ends when samples come back that somebody must train on.
+        At the end of an epoch and of the job the chosen worker first hands over its extras. Blocks
+        as long as the other workers live and train.
         """
+        ...
+
+
+class DataLeases(Protocol):
+    """Who trains on which samples. Requests are answered in order."""
+
+    def request_lease(self, loader: int, spec: PassSpec) -> None:
+        """Ask for one lease of the loader's current pass. Does not block."""
+        ...
+
+    def receive_lease(self) -> Grant:
+        """The answer to the oldest open request. Blocks for a round trip."""
+        ...
+
+    def return_leases(self, leases: Sequence[int], *, declined: bool = False) -> None:
+        """Give back leases that no step will use; `declined`: the script skipped them."""
         ...
 
 

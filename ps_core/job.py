@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import zip_longest
 
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import ParameterSpec, Plan, make_plan
+from ps_core.settings import ConsistencyConfig
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the wire contract in `protos/ps_core/v1`."""
 
 
@@ -25,8 +26,7 @@ class Job:
     part_bytes: int
     bucket_bytes: int
     optimizer: OptimizerSpec
-    mode: str
-    deterministic: bool
+    consistency: ConsistencyConfig
     protocol: int = PROTOCOL
 
     @cached_property
@@ -40,8 +40,11 @@ def first_difference(mine: Job, theirs: Job) -> str | None:
 
 
 def _differences(mine: Job, theirs: Job) -> Iterator[str]:
-    for field in ("protocol", "job_id", "num_shards", "num_workers", "mode", "deterministic"):
+    for field in ("protocol", "job_id", "num_shards", "num_workers"):
         yield from _unequal(field.replace("_", " "), getattr(mine, field), getattr(theirs, field))
+    for item in fields(ConsistencyConfig):
+        here, there = getattr(mine.consistency, item.name), getattr(theirs.consistency, item.name)
+        yield from _unequal(item.name.replace("_", " "), here, there)
     yield from _parameter_differences(mine.parameters, theirs.parameters)
     yield from _unequal("optimizer", mine.optimizer.name, theirs.optimizer.name)
     yield from _unequal(

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 
 from ps_core.buckets import Bucket
-from ps_core.exchange import Meeting, Outcome, Purpose, ReadExtras, Start, StateByParameter, Traffic
+from ps_core.exchange import (
+    Arrival,
+    Farewell,
+    Grant,
+    Meeting,
+    Outcome,
+    Purpose,
+    ReadExtras,
+    Start,
+    StateByParameter,
+    Traffic,
+    Work,
+)
+from ps_core.leases import LeaseBook, PassSpec
 from ps_core.optim_spec import (
     SCALAR_STATE,
     Hyperparameters,
@@ -18,12 +32,18 @@ from ps_core.optim_spec import (
 )
 from ps_core.plan import Plan
 
+_ALONE = 0
+"""The rank of the only worker."""
+
 
 class LocalExchange:
     """Runs torch.optim on the buckets, on the model's own device."""
 
     def __init__(self) -> None:
         self.traffic = Traffic()
+        self._leases = LeaseBook(striped=True)
+        self._granted: deque[Grant] = deque()
+        self._reading: tuple[int, PassSpec] | None = None
 
     def join(
         self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: ReadExtras
@@ -50,9 +70,10 @@ class LocalExchange:
         bucket, position = self._views[index]
         return bucket.parameter_views[position]
 
-    def begin(self, step: int, samples: int, hyperparameters: Sequence[Hyperparameters]) -> None:
+    def begin(self, step: int, work: Work, hyperparameters: Sequence[Hyperparameters]) -> None:
         """Take the step's hyperparameters; without samples nothing will be applied."""
-        self._samples = samples
+        self._samples = work.samples
+        self._leases.consume(_ALONE, step, work.leases)
         for group, index in zip(self._optimizer.param_groups, self._indices, strict=True):
             group.update(
                 local_hyperparameters(self._spec.name, hyperparameters[index], group["params"])
@@ -74,19 +95,41 @@ class LocalExchange:
             take_step(self._optimizer)
         for bucket in self._buckets:
             bucket.accept()
-        return Outcome(version=step + 1, applied=self._samples > 0, staleness=0)
+        self._leases.settle(_ALONE)
+        return Outcome(step + 1, version=step + 1, applied=self._samples > 0, staleness=0)
 
-    def close(self, failure: str = "") -> None:
+    def close(self, farewell: Farewell = Farewell.FINISHED, failure: str = "") -> None:
         """Nothing to leave."""
 
-    def idle(self, step: int) -> None:
+    def idle(self) -> None:
         """Nobody waits."""
 
-    def meet(
-        self, purpose: Purpose, step: int, values: Sequence[float] = (), weight: float = 1.0
-    ) -> Meeting:
-        """Alone: everybody has come."""
-        return Meeting(step, tuple(values), chosen=True)
+    def meet(self, arrival: Arrival) -> Meeting:
+        """Alone: everybody has come. What was given back is trained on before the pass ends."""
+        grant: Grant | None = None
+        if arrival.purpose is Purpose.EPOCH:
+            if arrival.takes_leases and self._reading is not None:
+                self.request_lease(*self._reading)
+                grant = self.receive_lease()
+            if grant is None or not grant.leases:
+                grant = None
+                self._leases.end_passes()
+        return Meeting(arrival.step, arrival.values, chosen=True, grant=grant)
+
+    def request_lease(self, loader: int, spec: PassSpec) -> None:
+        """Take it from the book."""
+        self._reading = loader, spec
+        answer = self._leases.request(loader, spec, _ALONE, (_ALONE,))
+        leases = () if answer.lease is None else (answer.lease,)
+        self._granted.append(Grant(answer.number, leases))
+
+    def receive_lease(self) -> Grant:
+        """What was taken."""
+        return self._granted.popleft()
+
+    def return_leases(self, leases: Sequence[int], *, declined: bool = False) -> None:
+        """Back into the book."""
+        self._leases.give_back(_ALONE, leases, declined=declined)
 
     def read_state(self) -> StateByParameter:
         """Copies of torch's state."""

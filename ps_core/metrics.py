@@ -1,4 +1,4 @@
-"""Every metric, declared once, and the endpoint that shows them.
+"""Every metric, declared once, and the endpoint that shows them; the lead's are in lead_metrics.
 
 Labels are bounded: a worker's rank, a shard's index, a mode, a phase of a step, the gRPC name of a
 refusal. Code that counts holds a `WorkerMetrics` or a `ShardMetrics`. They fill the labels in when
@@ -47,6 +47,7 @@ _SECONDS: Final = (
     *(1.0, 2.5, 5.0),
     *(10.0, 25.0, 60.0),
 )
+_VERSIONS: Final = (0, *(2**power for power in range(9)))
 
 # Not the library's global registry: that one belongs to the user's training script.
 REGISTRY: Final = CollectorRegistry()
@@ -76,6 +77,18 @@ _NONFINITE_STEPS: Final = Counter(
     "shardline_nonfinite_steps_total",
     "Steps whose gradients held NaN or infinity.",
     ["worker"],
+    registry=REGISTRY,
+)
+_REFUSED_STEPS: Final = Counter(
+    "shardline_refused_steps_total",
+    "Steps of a worker whose gradients came too late for their update.",
+    ["worker"],
+    registry=REGISTRY,
+)
+_RECONNECTS: Final = Counter(
+    "shardline_reconnects_total",
+    "Times that a worker opened its broken stream to a shard again.",
+    ["worker", "shard"],
     registry=REGISTRY,
 )
 _WORKER_PUSHED_BYTES: Final = Counter(
@@ -115,6 +128,12 @@ _SHARD_DUPLICATE_PARTS: Final = Counter(
     ["shard"],
     registry=REGISTRY,
 )
+_SHARD_REFUSED_PARTS: Final = Counter(
+    "shardline_shard_refused_parts_total",
+    "Parts whose gradients came too late for their update, and were not used.",
+    ["shard"],
+    registry=REGISTRY,
+)
 _SHARD_UPDATES: Final = Counter(
     "shardline_shard_updates_total",
     "Versions that a shard completed: each is an update of all its parts.",
@@ -144,6 +163,26 @@ _WORKER_CLOCK: Final = Gauge(
     "shardline_worker_clock",
     "Latest step of which a shard has a worker's gradients.",
     ["shard", "worker"],
+    registry=REGISTRY,
+)
+_WORKER_LAG_SECONDS: Final = Gauge(
+    "shardline_worker_lag_seconds",
+    "How much later than the first worker's a worker's last part of a step comes, smoothed.",
+    ["shard", "worker"],
+    registry=REGISTRY,
+)
+_STALENESS_VERSIONS: Final = Histogram(
+    "shardline_staleness_versions",
+    "Versions between the parameters that gradients come from and those they update.",
+    ["shard"],
+    buckets=_VERSIONS,
+    registry=REGISTRY,
+)
+_QUORUM_WAIT_SECONDS: Final = Histogram(
+    "shardline_quorum_wait_seconds",
+    "Time from the first to the last worker of an update.",
+    ["shard"],
+    buckets=_SECONDS,
     registry=REGISTRY,
 )
 _LIVE_WORKERS: Final = Gauge(
@@ -188,6 +227,8 @@ class WorkerMetrics:
         self._steps = _STEPS.labels(worker)
         self._samples = _SAMPLES.labels(worker)
         self._nonfinite_steps = _NONFINITE_STEPS.labels(worker)
+        self._refused_steps = _REFUSED_STEPS.labels(worker)
+        self._reconnects = [_RECONNECTS.labels(worker, shard) for shard in shards]
         self._pushed_bytes = [_WORKER_PUSHED_BYTES.labels(worker, shard) for shard in shards]
         self._pulled_bytes = [_WORKER_PULLED_BYTES.labels(worker, shard) for shard in shards]
 
@@ -203,6 +244,14 @@ class WorkerMetrics:
     def nonfinite_step(self) -> None:
         """A step's gradients held NaN or infinity."""
         self._nonfinite_steps.inc()
+
+    def refused_step(self) -> None:
+        """A step's gradients came too late."""
+        self._refused_steps.inc()
+
+    def reconnected(self, shard: int) -> None:
+        """A broken stream to a shard is open again."""
+        self._reconnects[shard].inc()
 
     def pushed(self, shard: int, num_bytes: int) -> None:
         """Gradients went to a shard."""
@@ -222,10 +271,13 @@ class ShardMetrics:
         self._sent_bytes = _SHARD_SENT_BYTES.labels(shard)
         self._parts = _SHARD_PARTS.labels(shard)
         self._duplicate_parts = _SHARD_DUPLICATE_PARTS.labels(shard)
+        self._refused_parts = _SHARD_REFUSED_PARTS.labels(shard)
         self._updates = _SHARD_UPDATES.labels(shard, mode)
         self._version = _SHARD_VERSION.labels(shard)
         self._parameter_bytes = _SHARD_PARAMETER_BYTES.labels(shard)
         self._apply_seconds = _APPLY_SECONDS.labels(shard)
+        self._staleness = _STALENESS_VERSIONS.labels(shard)
+        self._quorum_wait_seconds = _QUORUM_WAIT_SECONDS.labels(shard)
         self._live_workers = _LIVE_WORKERS.labels(shard)
         self._differences = _HYPERPARAMETER_DIFFERENCES.labels(shard)
         self._refused = {reason: _REFUSED_FRAMES.labels(shard, reason) for reason in _REASONS}
@@ -244,6 +296,15 @@ class ShardMetrics:
         """`step` is the latest of which worker `rank` has sent gradients."""
         _WORKER_CLOCK.labels(self._shard, str(rank)).set(step)
 
+    def lag(self, rank: int, seconds: float) -> None:
+        """Worker `rank` comes `seconds` after the first worker, smoothed."""
+        _WORKER_LAG_SECONDS.labels(self._shard, str(rank)).set(seconds)
+
+    def forget(self, rank: int) -> None:
+        """Worker `rank` is gone: show its clock and lag no more."""
+        _WORKER_CLOCK.remove(self._shard, str(rank))
+        _WORKER_LAG_SECONDS.remove(self._shard, str(rank))
+
     def received(self, num_bytes: int) -> None:
         """A part with gradients came in."""
         self._parts.inc()
@@ -253,6 +314,10 @@ class ShardMetrics:
         """The part that came in had come before."""
         self._duplicate_parts.inc()
 
+    def refused_parts(self, count: int) -> None:
+        """The gradients of `count` parts came too late."""
+        self._refused_parts.inc(count)
+
     def refused(self, reason: str) -> None:
         """A frame was refused; `reason` is the name of the gRPC status it was refused with."""
         self._refused.get(reason, self._refused["INTERNAL"]).inc()
@@ -260,6 +325,14 @@ class ShardMetrics:
     def applied(self, seconds: float) -> None:
         """The optimizer updated one part."""
         self._apply_seconds.observe(seconds)
+
+    def stale(self, versions: int) -> None:
+        """Gradients went in, `versions` after the parameters they come from."""
+        self._staleness.observe(versions)
+
+    def quorum_waited(self, seconds: float) -> None:
+        """The last worker of an update came `seconds` after its first."""
+        self._quorum_wait_seconds.observe(seconds)
 
     def updated(self, version: int) -> None:
         """All parts are at `version` now; may be told the same version again."""

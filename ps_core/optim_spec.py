@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ps_core.errors import UsageError
+from ps_core.settings import ConsistencyConfig
 
 HyperparameterValue = float | int | bool | tuple[float, ...]
 Hyperparameters = Mapping[str, HyperparameterValue]
@@ -56,8 +57,7 @@ class OptimizerSpec:
 
 def describe(optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> OptimizerSpec:
     """The spec of a user's optimizer. Raises UsageError for one that shards cannot run."""
-    if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
-        raise UsageError(f"max_grad_norm is {max_grad_norm}: give a positive number or None")
+    check_norm(max_grad_norm)
     name = type(optimizer).__name__
     if OPTIMIZERS.get(name) is not type(optimizer):
         raise UsageError(
@@ -66,6 +66,21 @@ def describe(optimizer: torch.optim.Optimizer, max_grad_norm: float | None = Non
             f"optimizers. Use one of {', '.join(sorted(OPTIMIZERS))}"
         )
     return OptimizerSpec(name, read_groups(optimizer), max_grad_norm)
+
+
+def check_norm(max_grad_norm: float | None) -> None:
+    """Raises UsageError for a norm to which nothing can be clipped."""
+    if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+        raise UsageError(f"max_grad_norm is {max_grad_norm}: give a positive number or None")
+
+
+def check_consistency(spec: OptimizerSpec, consistency: ConsistencyConfig) -> None:
+    """Raises UsageError for an optimizer that a mode's modifier does not fit."""
+    if consistency.delay_compensation and spec.name != "SGD":
+        raise UsageError(
+            f"delay compensation is derived for SGD, and {spec.name} scales each element by its "
+            "own history: use SGD, or --staleness-scaling"
+        )
 
 
 def read_groups(optimizer: torch.optim.Optimizer) -> tuple[Hyperparameters, ...]:

@@ -6,19 +6,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
 
 from ps_core.buckets import Bucket
 from ps_core.errors import NonFiniteError, UsageError
-from ps_core.exchange import Exchange, OptimizerState, Outcome, Peers, Purpose
-from ps_core.optim_spec import SCALAR_STATE, read_groups
+from ps_core.exchange import (
+    Arrival,
+    DataLeases,
+    Exchange,
+    OptimizerState,
+    Outcome,
+    Peers,
+    Purpose,
+    Work,
+)
+from ps_core.optim_spec import SCALAR_STATE, Hyperparameters, read_groups
 from ps_core.plan import Plan
 
 
-class JobExchange(Exchange, Peers, OptimizerState, Protocol):
-    """All three seams, which every strategy implements in one class."""
+class JobExchange(Exchange, Peers, DataLeases, OptimizerState, Protocol):
+    """All seams, which every strategy implements in one class."""
 
 
 class StepObserver(Protocol):
@@ -28,8 +38,8 @@ class StepObserver(Protocol):
         """The gradients are complete, the exchange has not begun. May wait for other workers."""
         ...
 
-    def take_samples(self) -> int:
-        """How many samples stand behind the gradients."""
+    def take_work(self) -> Work:
+        """What stands behind the gradients."""
         ...
 
     def gradients_cleared(self) -> None:
@@ -63,9 +73,10 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         *,
         first_step: int,
         nonfinite: Literal["error", "skip"],
+        max_grad_norm: float | None = None,
     ) -> None:
         """`buckets` hold the trained parameters of `inner` as `plan` says; the exchange has been
-        joined.
+        joined. `max_grad_norm`: this worker's own gradient is clipped to it.
         """
         self._frozen = False
         super().__init__(inner.param_groups, inner.defaults)
@@ -77,6 +88,7 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         self._exchange = exchange
         self._observer = observer
         self._nonfinite = nonfinite
+        self._max_grad_norm = max_grad_norm
         self.next_step = first_step
         """The step that the next call of `step()` takes; the version of the parameters held."""
         self.num_skipped = 0
@@ -106,17 +118,30 @@ class ExchangeOptimizer(torch.optim.Optimizer):
             raise UsageError(f"step(samples={samples}): a step needs at least one sample")
         self._observer.before_step()
         self._check_parameters()
-        taken = self._observer.take_samples()
+        work = self._observer.take_work()
+        self._take_step(replace(work, samples=samples or work.samples))
+
+    def flush(self) -> None:
+        """Exchange what steps have left for later: nothing, since every step exchanges."""
+
+    def _take_step(self, work: Work) -> None:
+        """Exchange the gradients, and tell the observer."""
         started = time.perf_counter()
-        weight = (samples or taken) if self._collect() else 0
-        self._exchange.begin(self.next_step, weight, read_groups(self))
-        if weight:
+        weight = work.samples if self._collect() else 0
+        self._clip()
+        outcome = self._exchange_step(replace(work, samples=weight), read_groups(self))
+        self.num_skipped += not weight
+        self._observer.after_step(outcome, weight, time.perf_counter() - started)
+
+    def _exchange_step(self, work: Work, groups: Sequence[Hyperparameters]) -> Outcome:
+        """Hand over the collected gradients and take the next parameters."""
+        self._exchange.begin(self.next_step, work, groups)
+        if work.samples:
             for bucket in reversed(self._buckets):
                 self._exchange.submit(bucket, self.next_step)
         outcome = self._exchange.settle(self.next_step)
-        self.next_step = outcome.version
-        self.num_skipped += not weight
-        self._observer.after_step(outcome, weight, time.perf_counter() - started)
+        self.next_step = outcome.next_step
+        return outcome
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients; samples of backward passes since the last step no longer count."""
@@ -156,7 +181,7 @@ class ExchangeOptimizer(torch.optim.Optimizer):
             if position in given
         }
         self._exchange.write_state(state)
-        self._exchange.meet(Purpose.LOAD, self.next_step)
+        self.next_step = self._exchange.meet(Arrival(Purpose.LOAD, self.next_step)).step
 
     def _own_state(self, index: int, entries: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """A parameter's state entries with its own shape and dtype, which only "step" does not take
@@ -179,24 +204,46 @@ class ExchangeOptimizer(torch.optim.Optimizer):
 
     def _collect(self) -> bool:
         """Fill the buckets; False: this worker abstains from the step."""
-        scale: torch.Tensor | None = getattr(self, "grad_scale", None)
-        factor = 1.0 if scale is None else 1.0 / float(scale)
+        factor = self._read_unscaling()
         for bucket in self._buckets:
             bucket.collect(factor)
-        if float(getattr(self, "found_inf", 0.0)):
-            return False
+        return not self._overflowed() and self._check_finite("the gradient of")
+
+    def _clip(self) -> None:
+        """As torch.nn.utils.clip_grad_norm_ does, over what was collected."""
+        if self._max_grad_norm is not None:
+            flat = [bucket.gradients for bucket in self._buckets]
+            norm = torch.nn.utils.get_total_norm(flat)
+            factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            for gradients in flat:
+                gradients.mul_(factor)
+
+    def _read_unscaling(self) -> float:
+        """What undoes the factor of a GradScaler that has left this to `step()`."""
+        scale: torch.Tensor | None = getattr(self, "grad_scale", None)
+        return 1.0 if scale is None else 1.0 / float(scale)
+
+    def _overflowed(self) -> bool:
+        """Whether a GradScaler has found infinity."""
+        return bool(float(getattr(self, "found_inf", 0.0)))
+
+    def _check_finite(self, what: str) -> bool:
+        """Whether all that the buckets have collected is finite."""
         for bucket in self._buckets:
             placement = bucket.first_nonfinite()
             if placement is not None:
-                if self._nonfinite == "skip":
-                    return False
-                name = self._plan.parameters[placement.parameter].name
-                raise NonFiniteError(
-                    f"the gradient of {name} holds NaN or infinity at step {self.next_step}: "
-                    "lower the learning rate, clip the "
-                    "gradients, or set worker.nonfinite to skip"
-                )
+                self._refuse_nonfinite(what, placement.parameter)
+                return False
         return True
+
+    def _refuse_nonfinite(self, what: str, parameter: int) -> None:
+        """Raise, unless such steps are skipped."""
+        if self._nonfinite == "error":
+            raise NonFiniteError(
+                f"{what} {self._plan.parameters[parameter].name} holds NaN or infinity at step "
+                f"{self.next_step}: lower the learning rate, clip the gradients, or set "
+                "worker.nonfinite to skip"
+            )
 
     def _check_parameters(self) -> None:
         for bucket in self._buckets:

@@ -19,8 +19,8 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ps_core.config import RpcConfig
 from ps_core.errors import ConfigError
+from ps_core.settings import RpcConfig
 from ps_core.v1 import lead_pb2, shard_pb2
 
 SHARD_SERVICE: ServiceDescriptor = shard_pb2.DESCRIPTOR.services_by_name["ShardService"]
@@ -56,11 +56,19 @@ _RETRIES = json.dumps(
                     "backoffMultiplier": 2,
                     "retryableStatusCodes": ["UNAVAILABLE"],
                 },
-            }
+            },
+            {
+                "name": [
+                    {"service": SHARD_SERVICE.full_name, "method": "Exchange"},
+                    {"service": LEAD_SERVICE.full_name, "method": "Control"},
+                ]
+            },
         ]
     }
 )
-"""gRPC adds the jitter, and retries a stream only before its first answer."""
+"""gRPC adds the jitter, and retries a stream only before its first answer; whoever opens one of the
+two that live as long as a job does so again, and must know when it has broken.
+"""
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -84,6 +92,7 @@ def _channel_options(config: RpcConfig) -> list[tuple[str, Any]]:
         *_OPTIONS,
         *_keepalive(config),
         ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2000),
         ("grpc.service_config", _RETRIES),
     ]

@@ -2,239 +2,398 @@
 
 The rules, each with a scenario in tests/ps_server/scenarios:
 
-1. The job starts when all of its workers have met for the first time; the wait is bounded.
-2. The lowest rank gives the initial values. The lowest rank that has not left is the chosen worker:
-   its buffers count.
-3. A worker that goes idle is no member from then on: a new membership epoch says so to every shard.
-4. A meeting ends when every worker that has not left has come for the same purpose. All who came
-   are members of a new epoch, and go on at the highest step any of them had reached.
-5. The clip factor of a step is known when every shard that holds parts has reported its squares.
-6. The job is complete when every worker has left, and fails when one is lost or says that it
-   failed.
+1.  The job starts when as many workers as it starts with have met for the first time; the wait is
+    bounded.
+2.  Rank 0 gives the initial values. The lowest rank that is present is the chosen worker: its
+    buffers count.
+3.  A worker that goes idle is no member from then on: a new membership epoch says so to every
+    shard.
+4.  A meeting ends when every worker that is present has come for the same purpose. All who came are
+    members of a new epoch, and go on at the highest step that anybody has begun or reached.
+5.  The clip factor of a step is known when every shard that holds parts has reported its squares.
+6.  The job is complete when a worker has finished and none is present, and fails when a worker says
+    that any other would fail as well.
+7.  A worker that is lost or fails is fenced by a new epoch. What became of its last step is settled
+    by the shards' word; until then its rank cannot enter again, and no pass ends.
+8.  A worker that joins a running job enters at the next turn: when the lead's shard completes a
+    step, and at once when nobody else is present. It delays nobody before. Its first step is the
+    next version in lockstep, otherwise the slowest member's.
+9.  At the end of a pass workers wait until every sample is accounted for. When samples come back, a
+    waiting worker is given them, and enters again at the next turn, or at once when nobody trains.
+10. With backup workers a step is sealed as soon as enough members are ready on every shard. Who was
+    too late enters again at the next turn; its samples go back.
+11. With fewer workers than wanted the job pauses at the next turn; the pause is bounded.
+12. With a step deadline, a member that others have to wait for too long is evicted.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
-from ps_core.errors import MismatchError, UsageError
-from ps_core.exchange import Purpose
-
-
-@dataclass(frozen=True, slots=True)
-class Membership:
-    """To every shard: who is a member from now on."""
-
-    epoch: int
-    members: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Factor:
-    """To every shard: the clip factor of a step."""
-
-    step: int
-    factor: float
+from ps_core.errors import MismatchError
+from ps_core.exchange import Arrival, Grant, Position, Purpose
+from ps_core.leases import PassSpec
+from ps_server.clip import Clip
+from ps_server.crew import Crew, State, Worker
+from ps_server.effects import Remains
+from ps_server.ledger import Event, Ledger, WorkerEvent
+from ps_server.meeting import check_same, weighted_means
+from ps_server.orders import Complete, Effect, Factor, Failed, Membership, Met, Readmitted, Seal
+from ps_server.patience import Patience, awaited
+from ps_server.policy import Consistency
+from ps_server.seals import Seals
+from ps_server.terms import Begin, Cause, Member, Terms
 
 
-@dataclass(frozen=True, slots=True)
-class Met:
-    """To one worker: everybody has come."""
-
-    worker: int
-    step: int
-    epoch: int
-    means: tuple[float, ...]
-    chosen: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Complete:
-    """To every shard: all workers have finished."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """To every shard: the job cannot go on."""
-
-    reason: str
-
-
-Effect = Membership | Factor | Met | Complete | Failed
-
-
-class State(Enum):
-    """Where a worker is."""
-
-    JOINED = "joined"
-    MEMBER = "member"
-    IDLE = "idle"
-    LEFT = "left"
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """What a worker brings to a meeting."""
-
-    purpose: Purpose
-    step: int
-    values: tuple[float, ...] = ()
-    weight: float = 1.0
-
-
-@dataclass(slots=True)
-class _Worker:
-    incarnation: int
-    state: State = State.JOINED
-    arrival: Arrival | None = None
-
-
-@dataclass(slots=True)
 class Lead:
-    """Membership, meetings and clip factors of one job."""
+    """Membership, meetings, samples, seals and clip factors of one job."""
 
-    num_workers: int
-    shards_with_parts: frozenset[int]
-    max_grad_norm: float | None
-    deadline: float
-    """When the last worker must have joined, on the caller's clock."""
-    epoch: int = 0
-    ended: bool = False
-    _workers: dict[int, _Worker] = field(default_factory=dict)
-    _squares: dict[int, float] = field(default_factory=dict)
-    _next_clip: int = 0
-    """Squares of steps before this one are repeats."""
+    def __init__(
+        self,
+        terms: Terms,
+        policy: Consistency,
+        holders: frozenset[int],
+        max_grad_norm: float | None = None,
+    ) -> None:
+        """`holders`: the shards that hold parts."""
+        self.epoch = 0
+        self.turn = 0
+        """In lockstep: the version that the lead's shard has, the step that members take now.
+        Otherwise: the highest clock.
+        """
+        self.started = False
+        self.ended = False
+        self.is_paused = False
+        """There are fewer workers than wanted, and not because some have finished."""
+        self.crew = Crew()
+        self.ledger = Ledger(holders, striped=policy.lockstep and not policy.sealed)
+        self._terms = terms
+        self._policy = policy
+        self._seals = Seals(policy, holders)
+        self._clip = Clip(max_grad_norm, holders)
+        self._position = Position(0)
+        self._patience = Patience(terms)
+        self._holds_turn = False
+        """It is a turn, which waits for the end of a pause."""
+        self._is_torn = False
+        """In lockstep: some part may be updated by the step in progress without who enters now."""
+
+    # -- Who is there ------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> frozenset[int]:
+        """The ranks that updates wait for."""
+        return self.crew.members
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """The ranks that take part, members or not, in order."""
+        return tuple(rank for rank, _ in self.crew.present())
+
+    # -- Workers come and go -----------------------------------------------------------------------
 
     def join(self, worker: int, incarnation: int) -> bool:
-        """Admit a worker; True: its initial values count. Joining again with the same incarnation
-        changes nothing.
+        """Admit a process; True: its initial values count. Joining again changes nothing. Raises
+        MismatchError when another process holds the rank: evict that first.
         """
-        known = self._workers.get(worker)
-        if known is None:
-            self._workers[worker] = _Worker(incarnation)
-        elif known.incarnation != incarnation:
+        if self.crew.incarnation(worker) not in (0, incarnation):
             raise MismatchError(
                 f"worker {worker} has joined already, as another process: give every worker a "
                 "rank of its own"
             )
-        return worker == 0
+        if self.crew.incarnation(worker) == 0:
+            self.crew[worker] = Worker(incarnation)
+            self._tell(worker, "joined")
+        return worker == 0 and not self.started
 
-    def state(self, worker: int) -> str:
-        """A word for people."""
-        known = self._workers.get(worker)
-        return known.state.value if known else ""
+    def leave(self, worker: int, farewell: Literal["finished", "preempted"]) -> list[Effect]:
+        """A worker's last word, between its steps. Rule 6."""
+        known = self.crew[worker]
+        if known.is_away or self.ended:
+            return []
+        self.ledger.release(worker)
+        effects = self._rest(worker)
+        known.depart(State.LEFT if farewell == "finished" else State.GONE)
+        self._tell(worker, farewell)
+        return effects + self._look_around()
+
+    def evict(self, worker: int, incarnation: int, cause: Cause, reason: str) -> list[Effect]:
+        """Fence a process, whatever it is doing. Rule 7."""
+        if self.ended or not incarnation or self.crew.incarnation(worker) != incarnation:
+            return []
+        known = self.crew[worker]
+        # With backup workers what it has contributed is dropped, unless the step is sealed.
+        self._is_torn |= known.state is State.MEMBER and not self._policy.sealed
+        known.depart(State.GONE)
+        self._tell(worker, "failed" if cause == "failed" else "evicted", reason)
+        self.ledger.investigate(worker, incarnation)
+        self._seals.forget(worker)
+        membership = replace(self._next_epoch({worker: incarnation}), reason=reason)
+        return [membership, *self._look_around()]
+
+    def remains(self, shard: int, remains: Remains) -> list[Effect]:
+        """A shard's word about a fenced process. Rule 7."""
+        return self._look_around() if self.ledger.remains(shard, remains) else []
+
+    def fail(self, reason: str) -> list[Effect]:
+        """End the job, once."""
+        if self.ended:
+            return []
+        self.ended, self.is_paused = True, False
+        return [Failed(reason)]
+
+    def _tell(self, worker: int, event: Event, reason: str = "") -> None:
+        known = self.crew[worker]
+        self.ledger.note(WorkerEvent(worker, known.incarnation, event, known.clock, reason))
+
+    # -- Steps -------------------------------------------------------------------------------------
+
+    def begin(self, worker: int, begin: Begin, position: Position) -> list[Effect]:
+        """A worker opens a step on the lead's shard, or repeats one that was refused meanwhile.
+        Rule 10. Raises ProtocolError for leases of others.
+        """
+        known = self.crew[worker]
+        if known.enters:
+            return []
+        if begin.step < known.first_step:
+            return [Readmitted(worker, known.first_step)]
+        self.ledger.begin(worker, known.incarnation, begin.step, begin.samples, begin.leases)
+        latest = self._position.schedules_epoch, self._position.schedules_step
+        if (position.schedules_epoch, position.schedules_step) >= latest:
+            self._position = position
+        return []
+
+    def arrived(self, worker: int, step: int, version: int) -> list[Effect]:
+        """The lead's shard has all of a worker's step: a turn, unless in lockstep. Rule 8."""
+        self.ledger.arrived(worker, step, version)
+        self.crew[worker].clock = step + 1
+        if self._policy.lockstep:
+            return []
+        self.turn, self._holds_turn = max(self.turn, step + 1), True
+        return self._admit()
+
+    def late(self, worker: int) -> list[Effect]:
+        """A member's step was sealed without it. Rule 10."""
+        known = self.crew[worker]
+        if not known.is_training:
+            return []
+        known.enters = "late"
+        self.ledger.refuse(worker)
+        return self._look_around()
+
+    def ready(self, shard: int, worker: int, step: int) -> list[Effect]:
+        """A shard has all of a worker's step. Rule 10."""
+        known = self.crew.get(worker)
+        if known is None or not known.is_training:
+            return []  # it was evicted meanwhile, or is late
+        self._seals.ready(shard, worker, step)
+        return self._seal()
+
+    def take_turn(self, version: int) -> list[Effect]:
+        """The lead's shard is about to send out this version for the first time. Rules 8 to 11."""
+        if version <= self.turn:
+            return []  # nobody has taken the step: whoever has entered meanwhile begins after it
+        self.turn, self._holds_turn, self._is_torn = version, True, False
+        return self._admit()
+
+    def squares(self, shard: int, step: int, total: float) -> list[Effect]:
+        """A shard's share of the squared norm. Rule 5. Raises ProtocolError."""
+        factor = self._clip.factor(shard, step, total)
+        return [Factor(step, factor)] if factor is not None else []
+
+    def _seal(self) -> list[Effect]:
+        contributors = self._seals.decide(self.turn, self.crew.training, len(self.members))
+        self._is_torn |= bool(contributors)
+        return [Seal(self.turn, contributors)] if contributors else []
+
+    # -- Data --------------------------------------------------------------------------------------
+
+    def request(
+        self, worker: int, loader: int, spec: PassSpec, speeds: Mapping[int, float]
+    ) -> Grant:
+        """A lease for a worker, if there is one. Raises UsageError when workers disagree."""
+        known = self.crew[worker]
+        if known.is_away:  # it left before this was read
+            return Grant(0, ())
+        known.reads = loader, spec
+        sharing = self.crew.reading(members_only=bool(spec.global_batch_size)) | {worker}
+        return self.ledger.request(worker, loader, spec, sorted(sharing), speeds)
+
+    def give_back(self, worker: int, leases: Sequence[int], *, declined: bool) -> list[Effect]:
+        """Leases that no step will use. Rule 9."""
+        self.ledger.give_back(worker, leases, declined=declined)
+        return self._look_around()
+
+    def _serve_waiting(self) -> None:
+        """Give samples that have come back to workers that wait at the end of the pass."""
+        for rank, known in self.crew.present():
+            if known.awaits_samples and known.reads is not None:
+                grant = self.request(rank, *known.reads, {})
+                if grant.leases:
+                    known.grant, known.enters = grant, "returns"
+
+    # -- Meetings ----------------------------------------------------------------------------------
 
     def idle(self, worker: int) -> list[Effect]:
-        """Stop waiting for a worker. Rule 3."""
-        known = self._workers[worker]
+        """A worker has broken out of its data: whatever it has been granted goes back. Rule 3."""
+        self.ledger.release(worker)
+        return self._rest(worker) + self._look_around()
+
+    def _rest(self, worker: int) -> list[Effect]:
+        """Stop waiting for a worker."""
+        known = self.crew[worker]
+        self.ledger.settle(worker)
         if known.state is not State.MEMBER:
             return []
         known.state = State.IDLE
         return [self._next_epoch()]
 
     def meet(self, worker: int, arrival: Arrival) -> list[Effect]:
-        """A worker waits for all the others. Rules 1 and 4. Raises UsageError when it came for
-        something else.
+        """A worker waits for all the others. Rules 1, 4, 8 and 9. Raises UsageError when it came
+        for something else.
         """
-        for rank, other in self._present():
-            if other.arrival and rank != worker:
-                _check_same(worker, arrival, rank, other.arrival)
-        effects = self.idle(worker)
-        self._workers[worker].arrival = arrival
-        return effects + self._end_meeting()
-
-    def leave(self, worker: int, failure: str) -> list[Effect]:
-        """A worker's last word. Rule 6."""
-        if failure:
-            return self.fail(f"worker {worker} failed: {failure}")
-        known = self._workers.get(worker)
-        if known is None or known.state is State.LEFT or self.ended:
+        known = self.crew[worker]
+        if known.is_away:  # it left before this was read
             return []
-        effects = self.idle(worker)
-        known.state, known.arrival = State.LEFT, None
-        if not list(self._present()) and len(self._workers) == self.num_workers:
-            self.ended = True
-            return [*effects, Complete()]
-        return effects + self._end_meeting()
+        if arrival.purpose is Purpose.START:
+            known.arrival, known.enters = arrival, "joins"
+            return self._look_around()
+        for rank, other in self.crew.present():
+            if other.arrival and rank != worker and not other.enters:
+                check_same(worker, arrival, rank, other.arrival)
+        self._position = replace(self._position, data_epoch=arrival.data_epoch)
+        effects = self._rest(worker)
+        # What it still holds stays its own until the pass ends: samples that it has only read.
+        known.arrival = arrival
+        return effects + self._look_around()
 
-    def fail(self, reason: str) -> list[Effect]:
-        """End the job, once."""
-        if self.ended:
+    def _start(self) -> list[Effect]:
+        ready = self.crew.entering("joins")
+        is_full = len(ready) >= self._terms.num_workers and 0 in ready
+        if not is_full or self.ledger.is_in_doubt():
             return []
-        self.ended = True
-        return [Failed(reason)]
-
-    def squares(self, shard: int, step: int, total: float) -> list[Effect]:
-        """A shard's share of the squared norm. Rule 5; the factor is that of
-        torch.nn.utils.clip_grad_norm_.
-        """
-        assert self.max_grad_norm is not None
-        if step < self._next_clip:
-            return []
-        self._squares[shard] = total
-        if self._squares.keys() != self.shards_with_parts:
-            return []
-        norm = sum(self._squares[index] for index in sorted(self._squares)) ** 0.5
-        self._squares.clear()
-        self._next_clip = step + 1
-        return [Factor(step, min(self.max_grad_norm / (norm + 1e-6), 1.0))]
-
-    def tick(self, now: float) -> list[Effect]:
-        """Let time pass. Rule 1."""
-        missing = sorted(set(range(self.num_workers)) - self._workers.keys())
-        if now < self.deadline or not missing:
-            return []
-        names = ", ".join(map(str, missing))
-        return self.fail(f"{len(missing)} of {self.num_workers} workers never joined: {names}")
-
-    def _present(self) -> Iterator[tuple[int, _Worker]]:
-        """The workers that have not left, by rank."""
-        return ((r, w) for r, w in sorted(self._workers.items()) if w.state is not State.LEFT)
-
-    def _next_epoch(self) -> Membership:
-        self.epoch += 1
-        members = frozenset(r for r, w in self._workers.items() if w.state is State.MEMBER)
-        return Membership(self.epoch, members)
-
-    def _end_meeting(self) -> list[Effect]:
-        present = list(self._present())
-        arrivals = [w.arrival for _, w in present if w.arrival]
-        if not present or len(arrivals) < len(present) or len(self._workers) < self.num_workers:
-            return []
-        for _, known in present:
-            known.state, known.arrival = State.MEMBER, None
-        membership = self._next_epoch()
-        step = max(arrival.step for arrival in arrivals)
-        means = _weighted_means(arrivals)
-        chosen = present[0][0]
-        mets = (Met(r, step, membership.epoch, means, r == chosen) for r, _ in present)
+        self.started = True
+        for known in ready.values():
+            known.become_member(0)
+        membership = self._next_epoch(entering=ready.keys() - {0})
+        mets = (Met(r, 0, self.epoch, chosen=r == 0, refreshed=r != 0) for r in ready)
         return [membership, *mets]
 
+    def _end_meeting(self) -> list[Effect]:
+        """Rules 4 and 9."""
+        arrivals = self.crew.met()
+        ends_passes = any(arrival.purpose is Purpose.EPOCH for arrival in arrivals.values())
+        if not arrivals or (ends_passes and self.ledger.is_in_doubt()):
+            return []
+        if ends_passes:
+            self.ledger.end_passes()
+        turn = self._next_step() if self._policy.lockstep else 0
+        step = max(turn, *(arrival.step for arrival in arrivals.values()))
+        if self._policy.lockstep:
+            stale = {rank for rank, arrival in arrivals.items() if arrival.step != step}
+        else:  # a mean is of whatever each holds
+            stale = {r for r, arrival in arrivals.items() if arrival.purpose is not Purpose.MEAN}
+        means = weighted_means(list(arrivals.values()))
+        self.turn, self._holds_turn = max(self.turn, step), False
+        for rank in arrivals:
+            self.crew[rank].become_member(step)
+        membership = self._next_epoch(entering=stale)
+        first = min(arrivals)
+        mets = (Met(r, step, self.epoch, means, r == first, r in stale) for r in arrivals)
+        return [membership, *mets]
 
-def _check_same(worker: int, arrival: Arrival, rank: int, other: Arrival) -> None:
-    mine, theirs = arrival.purpose.name.lower(), other.purpose.name.lower()
-    if mine != theirs:
-        raise UsageError(
-            f"worker {worker} waits for all workers at '{mine}' and worker {rank} at '{theirs}': "
-            "call session.epochs, "
-            "session.mean and load_state_dict in the same order on every worker"
-        )
-    if len(arrival.values) != len(other.values):
-        raise UsageError(
-            f"worker {worker} averages {len(arrival.values)} numbers and worker {rank} "
-            f"{len(other.values)}"
-        )
+    # -- Turns -------------------------------------------------------------------------------------
 
+    def _look_around(self) -> list[Effect]:
+        """After somebody came, went or gave something back: what can go on now."""
+        if self.ended:
+            return []
+        if not self.started:
+            return self._start()
+        self._serve_waiting()
+        num_workers = len(self.present) + len(self.crew.entering("joins"))
+        is_short = num_workers < self._terms.min_workers
+        self.is_paused = is_short and not self.crew.has_finished
+        if not self.present and self.crew.has_finished:
+            self.ended = not self.ledger.is_in_doubt()
+            return [Complete()] if self.ended else []
+        waits_for_turn = self.crew.training and not self._holds_turn
+        effects = [] if waits_for_turn else self._admit()
+        return effects + self._end_meeting() + self._seal()
 
-def _weighted_means(arrivals: Sequence[Arrival]) -> tuple[float, ...]:
-    total = sum(arrival.weight for arrival in arrivals)
-    columns = zip(*(arrival.values for arrival in arrivals), strict=True)
-    return tuple(
-        sum(a.weight * v for a, v in zip(arrivals, column, strict=True) if a.weight) / total
-        if total
-        else math.nan
-        for column in columns
-    )
+    def _admit(self) -> list[Effect]:
+        """Let all enter who wait for it. A joiner waits until others train: between two passes it
+        would not know which of the script's calls come next.
+        """
+        if self.is_paused:
+            return []
+        self._holds_turn = False
+        may_join = self.crew.training or not self.present
+        waiting = {
+            rank: replace(known)
+            for rank, known in sorted(self.crew.items())
+            if known.enters
+            and not self.ledger.is_in_doubt(rank)
+            and (may_join or known.enters != "joins")
+        }
+        if not waiting:
+            return []
+        step = self._next_step()
+        for rank, was in waiting.items():
+            self.crew[rank].become_member(max(step, was.clock))
+        membership = self._next_epoch(entering=waiting.keys())
+        # First what each is told, so that the parts find it waiting for them.
+        return [*(self._entered(rank, was) for rank, was in waiting.items()), membership]
+
+    def _entered(self, rank: int, was: Worker) -> Effect:
+        step = self.crew[rank].first_step
+        if was.enters == "late":
+            return Readmitted(rank, step)
+        position = self._position if was.enters == "joins" else None
+        chosen = rank == min(self.present)
+        return Met(rank, step, self.epoch, (), chosen, True, was.grant, position)
+
+    def _next_step(self) -> int:
+        """The step of who enters now: the next version, or the slowest member's clock."""
+        if not self._policy.lockstep:
+            clocks = (self.crew[rank].clock for rank in self.crew.training)
+            return min(clocks, default=self.turn)
+        if self._is_torn and not self.crew.training:
+            self.turn, self._is_torn = self.turn + 1, False
+        return self.turn
+
+    def _next_epoch(
+        self, evicted: Mapping[int, int] = {}, *, entering: Collection[int] = ()
+    ) -> Membership:
+        self.epoch += 1
+        members = {
+            rank: Member(known.incarnation, known.first_step, rank in entering)
+            for rank, known in self.crew.items()
+            if known.state is State.MEMBER
+        }
+        return Membership(self.epoch, members, evicted)
+
+    # -- Time --------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> list[Effect]:
+        """Let time pass. Rules 1, 11 and 12."""
+        if self.ended:
+            return []
+        if not self.started:
+            here = {rank for rank, known in self.crew.items() if not known.is_away}
+            reason = self._patience.missed(here, now)
+        elif self.is_paused:
+            reason = self._patience.paused(len(self.present), now)
+        else:
+            return self._evict_late(now)
+        return self.fail(reason) if reason else []
+
+    def _evict_late(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        steps = awaited(self.crew, self._policy, self.turn)
+        for (rank, incarnation, step), seconds in self._patience.late(steps, now):
+            reason = f"others have waited {seconds:.1f} s for its step {step}"
+            effects += self.evict(rank, incarnation, "step_deadline", reason)
+        return effects

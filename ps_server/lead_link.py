@@ -10,14 +10,14 @@ from collections.abc import AsyncIterator
 import grpc
 
 from ps_core.codec import parse
-from ps_core.config import RpcConfig
 from ps_core.errors import JobFailedError, ShardlineError, ShardUnreachableError, error_from
 from ps_core.rpc import LEAD_SERVICE, open_async_channel, stream_stream
+from ps_core.settings import RpcConfig
 from ps_core.v1 import lead_pb2
-from ps_server.lead import Failed
+from ps_server.control import decode_order, encode_remains
+from ps_server.effects import Lost, Ready, Remains, Squares
 from ps_server.node import Node
-from ps_server.office import decode_order
-from ps_server.shard import Squares
+from ps_server.orders import Failed
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +30,16 @@ class LeadLink:
         self._address = address
         self._config = config
         self._outgoing: asyncio.Queue[lead_pb2.ControlRequest | None] = asyncio.Queue()
-        self._said: dict[type[Squares | Failed], lead_pb2.ControlRequest] = {}
+        self._said: dict[object, lead_pb2.ControlRequest] = {}
+        """What the lead must hear again when the stream has broken; it knows repeats."""
         self._lead_incarnation = 0
+        self._is_bound = False
+        """The job began under this lead: another one would not know of it."""
 
-    def report(self, message: Squares | Failed) -> None:
+    def report(self, message: Squares | Ready | Remains | Lost | Failed) -> None:
         """Tell the lead. Does not block."""
-        if isinstance(message, Squares):
-            squares = lead_pb2.Squares(step=message.step, total=message.total)
-            request = lead_pb2.ControlRequest(squares=squares)
-        else:
-            failure = lead_pb2.Failure(reason=message.reason)
-            request = lead_pb2.ControlRequest(failure=failure)
-        self._said[type(message)] = request
+        key, request = _encode(message)
+        self._said[key] = request
         self._outgoing.put_nowait(request)
 
     @property
@@ -78,6 +76,7 @@ class LeadLink:
         finally:
             # gRPC goes on asking for requests after the call has ended.
             outgoing.put_nowait(None)
+            self._is_bound = self._is_bound or self._has_job
 
     def _obey(self, message: lead_pb2.ControlResponse) -> None:
         if message.HasField("welcome"):
@@ -93,11 +92,12 @@ class LeadLink:
         hello = lead_pb2.ShardHello(
             shard=self._node.index,
             incarnation=self._node.incarnation,
-            expected_lead_incarnation=self._lead_incarnation if self._has_job else 0,
+            expected_lead_incarnation=self._lead_incarnation if self._is_bound else 0,
+            epoch=self._node.epoch,
         )
         yield lead_pb2.ControlRequest(hello=hello)
         for request in tuple(self._said.values()):
-            yield request  # the last stream may have broken under it; the lead knows repeats
+            yield request
         while (said := await outgoing.get()) is not None:
             yield said
 
@@ -113,3 +113,25 @@ class LeadLink:
                 f"the lead (shard 0 at {self._address}) could not be reached for {patience:g} s"
             )
         )
+
+
+def _encode(
+    message: Squares | Ready | Remains | Lost | Failed,
+) -> tuple[object, lead_pb2.ControlRequest]:
+    """A report as a message, and what it replaces among those said before."""
+    match message:
+        case Squares(step, total):
+            squares = lead_pb2.Squares(step=step, total=total)
+            return Squares, lead_pb2.ControlRequest(squares=squares)
+        case Ready(worker, step):
+            ready = lead_pb2.Ready(step=step, rank=worker)
+            return (Ready, worker), lead_pb2.ControlRequest(ready=ready)
+        case Remains(worker, incarnation):
+            remains = encode_remains(message)
+            return (Remains, worker, incarnation), lead_pb2.ControlRequest(remains=remains)
+        case Lost(worker, incarnation, reason):
+            lost = lead_pb2.Lost(rank=worker, incarnation=incarnation, reason=reason)
+            return (Lost, worker, incarnation), lead_pb2.ControlRequest(lost=lost)
+        case Failed(reason):
+            failure = lead_pb2.Failure(reason=reason)
+            return Failed, lead_pb2.ControlRequest(failure=failure)

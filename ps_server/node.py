@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from ps_core import codec
+from ps_core import codec, dialogue
 from ps_core.codec import PartFrame
-from ps_core.config import Config
 from ps_core.errors import (
     DataLossError,
     JobFailedError,
@@ -20,31 +17,31 @@ from ps_core.errors import (
     ShardlineError,
     UsageError,
 )
-from ps_core.exchange import Purpose
-from ps_core.job import PROTOCOL, Job, first_difference
+from ps_core.job import Job
 from ps_core.metrics import ShardMetrics
+from ps_core.settings import Config
 from ps_core.v1 import shard_pb2, tensor_pb2
-from ps_server import shard as effects
-from ps_server import values
-from ps_server.lead import Arrival, Complete, Factor, Failed, Membership, Met
-from ps_server.office import Office, Order
+from ps_server import admission, effects, requests, values
+from ps_server.control import Order
+from ps_server.office import Office
+from ps_server.orders import Complete, Factor, Failed, Membership, Met, Readmitted, Seal
 from ps_server.outbox import Outbox
 from ps_server.roster import Rate, Roster
 from ps_server.shard import Shard
+from ps_server.stragglers import Lags
+from ps_server.terms import Begin
 
 log = logging.getLogger(__name__)
 
-Report = Callable[[effects.Squares | Failed], None]
+Report = Callable[[effects.Squares | effects.Ready | effects.Remains | effects.Lost | Failed], None]
 """Tells the lead, wherever it is."""
-
-
-_MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Node:
     """One shard of one job, from its first worker to its end. Only touched on the event loop."""
 
     def __init__(self, config: Config, incarnation: int, metrics: ShardMetrics) -> None:
+        self.config = config
         self.index = config.server.index
         self.incarnation = incarnation
         self.office: Office | None = None
@@ -54,12 +51,21 @@ class Node:
         self.shard: Shard | None = None
         self.roster = Roster(config.rpc.reconnect_seconds)
         self.updates = Rate()
+        self.lags = Lags()
+        self.num_duplicates = self.num_refused = 0
+        """Parts that came again, and parts that came too late."""
+        self.epoch = 0
+        """The last membership epoch that this shard was told."""
         self.ended = asyncio.Event()
         self.failure: ShardlineError | None = None
         self.stopped = False
-        self._config = config
         self._metrics = metrics
         self._buffers: values.Buffers = {}
+        self._early: list[Membership] = []
+        """Orders that came before the first worker."""
+        self._turn = 0
+        self._withheld: list[effects.Release] = []
+        """On the lead, while the job is paused."""
         self._ticked = time.monotonic()
 
     @property
@@ -77,57 +83,33 @@ class Node:
                 f"shard {self.index} restarted and lost its state: start the job again"
             )
         job, rank = self._agree(request), request.worker.rank
-        if rank >= job.num_workers:
-            raise MismatchError(f"worker {rank} joins a job of {job.num_workers} workers")
-        deadline = time.monotonic() + self._config.membership.join_timeout_seconds
+        self.roster.check_fence(request.worker)
+        first, alive = False, self.roster.is_alive(rank)
+        if self.office is not None:
+            first = self.office.join(job, rank, request.worker.incarnation, holder_alive=alive)
+        deadline = time.monotonic() + self.config.membership.join_timeout_seconds
         peer = self.roster.admit(request.worker, request.pid, request.host, deadline)
-        first = self.office is not None and self.office.join(job, rank, peer.incarnation, deadline)
         log.info("worker %d joined (%s)", rank, peer)
         return shard_pb2.JoinResponse(
             shard_incarnation=self.incarnation, gives_initial_values=first
         )
 
+    def reserve(self) -> int:
+        """Keep a rank for a worker that is about to be started. Raises MismatchError."""
+        self._check_alive()
+        return self._lead().reserve(time.monotonic())
+
     def _agree(self, request: shard_pb2.JoinRequest) -> Job:
         """The job, which the first worker describes and all others must repeat."""
-        if request.shard != self.index:
-            raise MismatchError(
-                f"this is shard {self.index}, not {request.shard}: list the shards in index order"
-            )
-        self._check_configured(request.job)
-        theirs = codec.decode_job(request.job)
+        theirs = admission.decode(request, self.config)
         if self.shard is None:
-            self.shard = self._make_shard(theirs)
+            self.shard = Shard(theirs, self.index)
             self._metrics.set_parameters(self.shard.num_bytes)
-        difference = first_difference(self.shard.job, theirs)
-        if difference is not None:
-            raise MismatchError(
-                f"worker {request.worker.rank} disagrees with the job on shard {self.index}: "
-                f"{difference}"
-            )
-        return self.shard.job
-
-    def _check_configured(self, theirs: shard_pb2.JobSpec) -> None:
-        """What the shard knows about the job before its first worker comes."""
-        num_shards = len(self._config.cluster.shards) or 1
-        for what, here, there in (
-            ("protocol", PROTOCOL, theirs.protocol),
-            ("job id", self._config.job.id, theirs.job_id),
-            ("number of shards", num_shards, theirs.num_shards),
-            ("mode", self._config.consistency.mode, theirs.mode),
-        ):
-            if here != there:
-                raise MismatchError(
-                    f"{what} is {here!r} on shard {self.index} and {there!r} on the worker"
-                )
-
-    def _make_shard(self, job: Job) -> Shard:
-        num_bytes = sum(part.num_bytes for part in job.plan.parts_of_shard(self.index))
-        if num_bytes > _MEMORY_BYTES:
-            raise MismatchError(
-                f"shard {self.index} would hold {num_bytes / 2**30:.1f} GiB of parameters on a "
-                f"machine with {_MEMORY_BYTES / 2**30:.1f} GiB of memory: use more shards"
-            )
-        return Shard(job, self.index)
+            early, self._early = self._early, []
+            for order in early:
+                self._set_membership(order)
+        admission.compare(request, self.shard.job, theirs)
+        return theirs
 
     def identify(self, worker: shard_pb2.WorkerId) -> int:
         """The rank of a worker that has joined. Raises MismatchError, or JobFailedError after the
@@ -137,9 +119,15 @@ class Node:
         return self.roster.identify(worker)
 
     def open_stream(self, worker: shard_pb2.WorkerId) -> tuple[int, Outbox]:
-        """A joined worker opens its stream."""
-        self._check_alive()
-        return self.roster.open(worker)
+        """A joined worker opens its stream. It may have entered before its first one is open: then
+        it does not know what it has missed.
+        """
+        is_first = not self.roster[self.identify(worker)].opened
+        rank, outbox = self.roster.open(worker)
+        if self.shard is not None:
+            self.shard.reopened(rank)
+            self._perform(self.shard.fetch(rank, self.shard.parts if is_first else ()))
+        return rank, outbox
 
     def close_stream(self, rank: int, outbox: Outbox) -> None:
         """A worker's stream has ended."""
@@ -149,13 +137,17 @@ class Node:
         """A worker's last word; only the lead acts on it."""
         rank = self.roster.identify(request.worker)
         self.roster.leave(rank)
+        self._forget(rank)
         if self.office is not None:
-            self.office.leave(rank, request.failure)
+            self.office.leave(rank, request.farewell, request.failure)
 
     # -- Steps -------------------------------------------------------------------------------------
 
-    def receive(self, rank: int, request: PartFrame | shard_pb2.ExchangeRequest) -> None:
+    def receive(
+        self, rank: int, outbox: Outbox, request: PartFrame | shard_pb2.ExchangeRequest
+    ) -> None:
         """One message of a worker's stream. Raises ShardlineError, which ends the stream."""
+        self.roster.check_stream(rank, outbox)
         if isinstance(request, PartFrame):
             self._push(rank, request)
             return
@@ -163,22 +155,36 @@ class Node:
             case "part":
                 self._push(rank, request.part)
             case "begin":
-                begin = request.begin
-                groups = codec.decode_groups(begin.groups)
-                shard = self._joined_shard()
-                self._perform(shard.begin(rank, begin.step, begin.epoch, begin.samples, groups))
-            case "idle":
-                self._lead().idle(rank)
-            case "meet":
-                self._meet(rank, _decode_meet(request.meet))
+                self._begin(rank, request.begin)
+            case "heartbeat":
+                self._lead().beat(rank)
+            case "fetch":
+                self._perform(self._joined_shard().fetch(rank, set(request.fetch.parts)))
+            case "idle" | "meet" | "lease":
+                self._receive_numbered(rank, request)
             case other:
                 raise ProtocolError(f"worker {rank} sends {other} on an open stream")
 
-    def _meet(self, rank: int, arrival: Arrival) -> None:
+    def _begin(self, rank: int, message: shard_pb2.Begin) -> None:
+        work, groups = dialogue.decode_work(message), codec.decode_groups(message.groups)
+        begin = Begin(message.step, message.epoch, work.samples, groups, work.leases)
+        if self.office is not None:
+            self.office.begin(rank, begin, message)
+        self._perform(self._joined_shard().begin(rank, begin))
+
+    def _receive_numbered(self, rank: int, request: shard_pb2.ExchangeRequest) -> None:
+        """A request to the lead. A repeat, after a stream broke, is answered again if it has been
+        answered, and not obeyed again.
+        """
+        lead = self._lead()
+        if self.roster.is_repeat(rank, request.number):
+            return
         try:
-            self._lead().meet(rank, arrival)
+            answer = requests.obey(lead, rank, request)
         except UsageError as error:  # as a status it would be a failure of this shard
             raise MismatchError(str(error)) from error
+        if answer is not None:
+            self.roster.answer(rank, answer)
 
     def _push(self, rank: int, message: PartFrame | tensor_pb2.Part) -> None:
         shard = self._joined_shard()
@@ -196,44 +202,107 @@ class Node:
     def obey(self, order: Order) -> None:
         """Do what the lead says."""
         match order:
-            case Membership(epoch, members):
-                self._metrics.set_live_workers(len(members))
-                self._perform(self._joined_shard().set_membership(epoch, members))
+            case Membership():
+                self._set_membership(order)
             case Factor(step, factor):
                 self._perform(self._joined_shard().apply_factor(step, factor))
+            case Seal(step, contributors):
+                self._perform(self._joined_shard().seal(step, contributors))
             case Failed(reason):
                 self.end(JobFailedError(reason))
             case Complete():
                 self.end(None)
 
-    def answer_meeting(self, met: Met) -> None:
-        """Send a worker what its meeting decided."""
-        outbox = self.roster[met.worker].outbox
-        if outbox is not None:
-            message = shard_pb2.Met(
-                step=met.step, epoch=met.epoch, means=met.means, chosen=met.chosen
-            )
-            outbox.put(shard_pb2.ExchangeResponse(met=message))
+    def _set_membership(self, order: Membership) -> None:
+        if self.shard is None:
+            self._early.append(order)
+            return
+        self.epoch = max(self.epoch, order.epoch)
+        self._metrics.set_live_workers(len(order.members))
+        for rank, incarnation in order.evicted.items():
+            log.warning("worker %d is evicted: %s", rank, order.reason)
+            self.roster.fence(rank, incarnation, order.reason)
+            self._forget(rank)
+        self._perform(self.shard.set_membership(order.epoch, order.members, order.evicted))
+
+    def _forget(self, rank: int) -> None:
+        """A process is gone."""
+        self.lags.forget(rank)
+        self._metrics.forget(rank)
+
+    def answer(self, told: Met | Readmitted) -> None:
+        """Tell a worker that it goes on."""
+        message = requests.encode_told(told)
+        if isinstance(told, Met):
+            self.roster.answer(told.worker, message)
+        else:
+            self.roster.tell(told.worker, message)
+
+    def resume(self) -> None:
+        """Send what was withheld while the job was paused."""
+        withheld, self._withheld = self._withheld, []
+        for release in withheld:
+            self._send(release)
 
     def _perform(self, todo: Iterable[effects.Effect]) -> None:
         for effect in todo:
             match effect:
                 case effects.Release():
                     self._release(effect)
-                case effects.Squares():
+                case effects.Squares() | effects.Remains() | effects.Lost():
                     self.report(effect)
-                case effects.Duplicate():
-                    self._metrics.duplicate()
-                case effects.HyperparametersDiffer(step, workers):
-                    self._warn_once(step, workers)
+                case effects.Arrived():
+                    self._note_arrival(effect)
+                case effects.Late(worker, _):
+                    if self.office is not None:
+                        self.office.late(worker)
+                case _:
+                    self._count(effect)
+
+    def _count(self, effect: effects.Effect) -> None:
+        match effect:
+            case effects.Stale(versions):
+                self._metrics.stale(versions)
+            case effects.Duplicate():
+                self.num_duplicates += 1
+                self._metrics.duplicate()
+            case effects.Refused(parts):
+                self.num_refused += parts
+                self._metrics.refused_parts(parts)
+            case effects.HyperparametersDiffer(step, workers):
+                self._warn_once(step, workers)
+
+    def _note_arrival(self, arrived: effects.Arrived) -> None:
+        shard, rank = self._joined_shard(), arrived.worker
+        self.lags.arrived(rank, arrived.step, time.monotonic())
+        self._metrics.lag(rank, self.lags.lag_seconds(rank))
+        if self.office is not None:
+            self.office.arrived(rank, arrived.step, arrived.version)
+        if shard.policy.sealed:
+            self.report(effects.Ready(rank, arrived.step))
 
     def _release(self, release: effects.Release) -> None:
+        """Send a part; on the lead it may be the turn of workers that wait to enter."""
+        if self.office is not None:
+            if self._joined_shard().policy.lockstep and release.version > self._turn:
+                self._turn = release.version
+                self._metrics.quorum_waited(self.lags.waited(release.version - 1))
+                self.office.take_turn(release.version)
+            if self.office.is_paused:
+                self._withheld.append(release)
+                return
+        self._send(release)
+
+    def _send(self, release: effects.Release) -> None:
         shard = self._joined_shard()
         state = shard.part(release.part)
-        frame = codec.encode_answer(release.version, release.part, state.parameters)
+        epoch = self.office.epoch if self.office is not None else 0
+        frame = codec.encode_answer(
+            release.version, release.part, state.parameters, epoch=epoch, clock=release.clock
+        )
         for rank in release.workers:
             peer = self.roster[rank]
-            if peer.outbox is not None:
+            if peer.outbox is not None and shard.has_entered(rank, peer.incarnation):
                 peer.outbox.put(frame)
                 peer.sent_bytes += state.part.num_bytes
                 self._metrics.sent(state.part.num_bytes)
@@ -265,7 +334,7 @@ class Node:
             peer = self.roster[rank]
             end = "closed" if peer.opened else "was never opened"
             died = f"worker {rank} ({peer}) died: its stream to shard {self.index} {end}"
-            self.report(Failed(died))
+            self.report(effects.Lost(rank, peer.incarnation, died))
         elapsed, self._ticked = now - self._ticked, now
         self.roster.update_rates(elapsed)
         self.updates.update(self.version, elapsed)
@@ -301,8 +370,7 @@ class Node:
         self.failure = failure
         self._show_progress()
         self.ended.set()
-        if failure is not None:
-            self.roster.end_streams(failure)
+        self.roster.end_streams(failure)
 
     def _check_alive(self) -> None:
         if self.failure is not None:
@@ -317,13 +385,3 @@ class Node:
         if self.office is None:
             raise ProtocolError(f"shard {self.index} is not the lead: meetings go to shard 0")
         return self.office
-
-
-def _decode_meet(message: shard_pb2.Meet) -> Arrival:
-    try:
-        purpose = Purpose(message.purpose)
-    except ValueError as error:
-        raise ProtocolError(f"unknown purpose {message.purpose} of a meeting") from error
-    if not 0 <= message.weight < math.inf:
-        raise ProtocolError(f"numbers cannot be averaged with weight {message.weight}")
-    return Arrival(purpose, message.step, tuple(message.values), message.weight)

@@ -19,6 +19,8 @@ class Outbox:
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Item] = asyncio.Queue()
+        self.failure: ShardlineError | None = None
+        """What the stream ends with."""
 
     def put(self, message: Message | bytes) -> None:
         """Send this next."""
@@ -26,6 +28,7 @@ class Outbox:
 
     def fail(self, error: ShardlineError) -> None:
         """End the stream with this error, after what was put before."""
+        self.failure = self.failure or error
         self._queue.put_nowait(error)
 
     def finish(self) -> None:

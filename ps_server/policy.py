@@ -12,6 +12,9 @@ import enum
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from ps_core.optim_spec import Hyperparameters
+from ps_core.settings import ConsistencyConfig
+
 
 @dataclass(frozen=True, slots=True)
 class Consistency:
@@ -19,14 +22,35 @@ class Consistency:
 
     quorum: int | None
     bound: int | None
+    backups: int = 0
+    """With quorum None: how many of the members an update does not wait for."""
 
     @property
     def lockstep(self) -> bool:
         """A push must be tagged with the version that it updates."""
         return self.bound == 0
 
+    @property
+    def sealed(self) -> bool:
+        """Which pushes count must be decided once for all shards, before any of them is used."""
+        return self.backups > 0
+
+    def needed(self, num_members: int) -> int:
+        """How many distinct workers an update waits for, at least one."""
+        return max(1, num_members - self.backups if self.quorum is None else self.quorum)
+
 
 SYNC = Consistency(quorum=None, bound=0)
+
+
+def consistency_of(config: ConsistencyConfig) -> Consistency:
+    """The two integers behind a mode."""
+    match config.mode:
+        case "bounded":
+            return Consistency(quorum=1, bound=config.bound)
+        case "async":
+            return Consistency(quorum=1, bound=None)
+    return Consistency(quorum=None, bound=0, backups=config.backup_workers)
 
 
 class Verdict(enum.Enum):
@@ -78,3 +102,12 @@ def may_continue(consistency: Consistency, clock: int, live_clocks: Collection[i
     if consistency.bound is None or not live_clocks:
         return True
     return min(live_clocks) >= clock - consistency.bound
+
+
+def scaled(group: Hyperparameters, staleness: int) -> Hyperparameters:
+    """With lr / (1 + staleness), the simple answer to gradients that did not know of as many
+    updates.
+    """
+    lr = group["lr"]
+    assert not isinstance(lr, tuple), "every optimizer's learning rate is one number"
+    return {**group, "lr": lr / (1 + staleness)}

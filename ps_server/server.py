@@ -12,16 +12,17 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 import torch
 from google.protobuf.descriptor import ServiceDescriptor
 
-from ps_core.config import Config, listen_address, shard_address
+from ps_core.config import listen_address, shard_address
 from ps_core.memory import keep_freed_memory
 from ps_core.metrics import ShardMetrics, start_endpoint
 from ps_core.rpc import LEAD_SERVICE, SHARD_SERVICE, build_server
-from ps_server.lead import Failed
+from ps_core.settings import Config
+from ps_server.effects import Lost, Ready, Remains, Squares
 from ps_server.lead_link import LeadLink
-from ps_server.node import Node
+from ps_server.node import Node, Report
 from ps_server.office import Office
+from ps_server.orders import Failed
 from ps_server.service import LeadService, ShardService
-from ps_server.shard import Squares
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ def serve(config: Config, announce: Callable[[str], None]) -> None:
     """
     keep_freed_memory()
     torch.set_num_threads(config.worker.threads or 1)
-    torch.optim.SGD([torch.zeros(1)])  # loads half of torch, for seconds: not while a worker joins
     # With the first optimizer torch imports its compiler, which takes seconds: not while the first
     # worker waits to be admitted.
     torch.optim.SGD([torch.zeros(1)])
@@ -55,11 +55,7 @@ async def _serve(config: Config, announce: Callable[[str], None], metrics_url: s
         (SHARD_SERVICE, ShardService(node, metrics))
     ]
     if config.server.index == 0:
-        num_shards = len(config.cluster.shards)
-        grace_seconds = config.rpc.reconnect_seconds
-        node.office = Office(
-            node.incarnation, num_shards, grace_seconds, node.obey, node.answer_meeting
-        )
+        node.office = Office(node.incarnation, config, node.obey, node.answer, node.resume)
         node.report = _report_to(node.office)
         servicers.append((LEAD_SERVICE, LeadService(node.office, metrics)))
     server = build_server(listen_address(config), servicers, config.rpc)
@@ -69,16 +65,25 @@ async def _serve(config: Config, announce: Callable[[str], None], metrics_url: s
         announce(f"shard {node.index} listens on port {server.port}, metrics at {metrics_url}")
         await node.ended.wait()
         await server.drain(config.rpc.drain_seconds)
+    if node.office is not None:
+        node.office.close()
     if node.failure is not None and not node.stopped:
         raise node.failure
 
 
-def _report_to(office: Office) -> Callable[[Squares | Failed], None]:
-    def report(message: Squares | Failed) -> None:
-        if isinstance(message, Squares):
-            office.squares(0, message.step, message.total)
-        else:
-            office.fail(message.reason)
+def _report_to(office: Office) -> Report:
+    def report(message: Squares | Ready | Remains | Lost | Failed) -> None:
+        match message:
+            case Squares(step, total):
+                office.squares(0, step, total)
+            case Ready(worker, step):
+                office.ready(0, worker, step)
+            case Remains():
+                office.remains(0, message)
+            case Lost(worker, incarnation, reason):
+                office.evict(worker, incarnation, "stream", reason)
+            case Failed(reason):
+                office.fail(reason)
 
     return report
 

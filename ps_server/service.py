@@ -113,6 +113,12 @@ class ShardService:
         self.metrics = metrics
         self._node = node
 
+    @_takes(_message(shard_pb2.ReserveRequest))
+    async def Reserve(
+        self, request: shard_pb2.ReserveRequest, context: Context
+    ) -> shard_pb2.ReserveResponse:
+        return shard_pb2.ReserveResponse(rank=self._node.reserve())
+
     @_takes(_message(shard_pb2.JoinRequest))
     async def Join(
         self, request: shard_pb2.JoinRequest, context: Context
@@ -126,15 +132,18 @@ class ShardService:
         hello: shard_pb2.Hello = await _first(requests, "hello")
         rank, outbox = self._node.open_stream(hello.worker)
         try:
-            await _run_both(self._receive(rank, requests), outbox, context)
+            await _run_both(self._receive(rank, outbox, requests), outbox, context)
         finally:
             self._node.close_stream(rank, outbox)
 
     async def _receive(
-        self, rank: int, requests: AsyncIterator[PartFrame | shard_pb2.ExchangeRequest]
+        self,
+        rank: int,
+        outbox: Outbox,
+        requests: AsyncIterator[PartFrame | shard_pb2.ExchangeRequest],
     ) -> None:
         async for request in requests:
-            self._node.receive(rank, request)
+            self._node.receive(rank, outbox, request)
 
     @_takes(_message(shard_pb2.LoadRequest))
     async def Load(
@@ -143,6 +152,7 @@ class ShardService:
         hello: shard_pb2.Hello = await _first(requests, "hello")
         self._node.identify(hello.worker)
         async for request in requests:
+            self._node.identify(hello.worker)  # it may have been evicted meanwhile
             self._node.load(request)
         return shard_pb2.LoadResponse(version=self._node.version)
 

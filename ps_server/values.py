@@ -57,6 +57,11 @@ def read(shard: Shard, buffers: Buffers, content: int) -> Iterator[shard_pb2.Pul
 
 
 def _read_state(shard: Shard) -> Iterator[shard_pb2.PullResponse]:
-    for index, state in shard.parts.items():
-        for number, key, value in state.optimizer.read_state():
-            yield shard_pb2.PullResponse(state=codec.encode_state(index, number, key, value))
+    # All at once: while the messages are on their way another worker may load a state.
+    entries = [
+        (index, number, key, value)
+        for index, state in shard.parts.items()
+        for number, key, value in state.optimizer.read_state()
+    ]
+    for index, number, key, value in entries:
+        yield shard_pb2.PullResponse(state=codec.encode_state(index, number, key, value))

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from ps_core import codec
+from ps_core import codec, dialogue
 from ps_core.buckets import Bucket
 from ps_core.codec import PartFrame
-from ps_core.config import Config
 from ps_core.errors import JobFailedError, MismatchError, ProtocolError, ShardlineError
-from ps_core.exchange import Meeting, Outcome, Purpose, ReadExtras, Start, StateByParameter, Traffic
+from ps_core.exchange import (
+    Arrival,
+    Farewell,
+    Grant,
+    Meeting,
+    Outcome,
+    Purpose,
+    ReadExtras,
+    Start,
+    StateByParameter,
+    Traffic,
+    Work,
+)
 from ps_core.job import Job
+from ps_core.leases import PassSpec
 from ps_core.memory import keep_freed_memory
 from ps_core.metrics import WorkerMetrics
-from ps_core.optim_spec import SCALAR_STATE, Hyperparameters, OptimizerSpec
-from ps_core.plan import Part, Plan
+from ps_core.optim_spec import Hyperparameters, OptimizerSpec
+from ps_core.plan import Plan
+from ps_core.settings import Config
 from ps_core.v1 import shard_pb2, tensor_pb2
 from ps_worker.client import ShardClient
+from ps_worker.heartbeat import Heartbeat
 from ps_worker.inbox import Inbox
+from ps_worker.state import cut_state, place_state
 
 
 class ParameterServerExchange:
     """One worker's side of all shards. Public methods are for the training thread.
 
     Each shard's reader thread writes answers straight into the buckets' host parameters while the
-    training thread waits in `settle`.
+    training thread waits in `settle`, or in a meeting.
     """
 
     def __init__(self, config: Config, metrics: WorkerMetrics) -> None:
@@ -42,25 +57,40 @@ class ParameterServerExchange:
         ]
         self.traffic = Traffic()
         self._inbox = Inbox()
+        self._heartbeat: Heartbeat | None = None
+        self._lockstep = config.consistency.mode in ("sync", "local")
         self._epoch = 0
+        self._versions: dict[int, int] = {}
+        """Of each part held."""
+        self._sent: dict[int, list[shard_pb2.ExchangeRequest | bytes]] = {}
+        """Shard → the messages of the open step, its begin first."""
+        self._sent_parts: dict[int, list[int]] = {}
         self._chosen = False
         self._abstained = False
         self._closed = False
         self._kept_extras: dict[str, tuple[int, int]] = {}
+
+    def leave_when(self, is_preempted: Callable[[], bool]) -> None:
+        """Ask this in every wait that may be left, and raise Preempted when it is true."""
+        self._inbox.is_preempted = is_preempted
 
     # -- Exchange ----------------------------------------------------------------------------------
 
     def join(
         self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: ReadExtras
     ) -> Start:
-        """Enter the job on every shard and take its values. Blocks until all workers have joined.
+        """Enter the job on every shard and take its values. Blocks until all workers have joined,
+        or until the others let this one into a running job.
 
         Raises ShardUnreachableError, MismatchError, DataLossError or JobFailedError, each within
-        its timeout.
+        its timeout; JobOverError when there is nothing left to do.
         """
         keep_freed_memory()
         self._plan, self._buckets, self._extras = plan, buckets, extras
         self._parts = {b.layout.index: plan.parts_of_bucket(b.layout.index) for b in buckets}
+        self._part_numbers = range(len(plan.parts))
+        self._versions = dict.fromkeys(self._part_numbers, 0)
+        self._holders = sorted({part.shard for part in plan.parts})
         self._positions = {
             placement.parameter: (bucket, position)
             for bucket in buckets
@@ -69,16 +99,17 @@ class ParameterServerExchange:
         message = codec.encode_job(self._describe_job(plan, optimizer))
         for client in self._clients:
             client.connect()
-        first, *_ = [client.join(message) for client in self._clients]
+        first, *_ = [client.join(message) for client in self._clients]  # the lead comes first
         for client in self._clients:
-            client.open(self._receive_from(client.index), self._inbox.fail)
+            client.open(self)
+        self._heartbeat = Heartbeat(self._config.membership.heartbeat_seconds, self._beat)
         if first:
             self._load_initial()
-        meeting = self._wait_for_all(Purpose.START, 0, (), 1.0)
-        if not first:
-            self._pull_parameters()
+        met = self._wait_for_all(Arrival(Purpose.START, 0))
+        if met.refreshed:
             self._pull_extras()
-        return Start(meeting.step, meeting.chosen)
+        position = dialogue.decode_position(met.position) if met.HasField("position") else None
+        return Start(met.step, met.chosen, position)
 
     def _describe_job(self, plan: Plan, optimizer: OptimizerSpec) -> Job:
         config = self._config
@@ -90,25 +121,25 @@ class ParameterServerExchange:
             part_bytes=config.exchange.part_bytes,
             bucket_bytes=config.exchange.bucket_bytes,
             optimizer=optimizer,
-            mode=config.consistency.mode,
-            deterministic=config.consistency.deterministic,
+            consistency=config.consistency,
         )
 
-    def begin(self, step: int, samples: int, hyperparameters: Sequence[Hyperparameters]) -> None:
+    def _beat(self) -> None:
+        self._clients[0].send(shard_pb2.ExchangeRequest(heartbeat=shard_pb2.Heartbeat()))
+
+    def begin(self, step: int, work: Work, hyperparameters: Sequence[Hyperparameters]) -> None:
         """Tell every shard that holds parts, which answers all of them, also to one that abstains.
 
         A shard without parts has no answer to wait for: what it heard could be overtaken by news.
         """
-        self._abstained = samples == 0
-        self._inbox.expect(part.index for part in self._plan.parts)
-        begin = shard_pb2.Begin(
-            step=step,
-            epoch=self._epoch,
-            samples=samples,
-            groups=codec.encode_groups(hyperparameters),
-        )
-        for shard in {part.shard for part in self._plan.parts}:
-            self._clients[shard].send(shard_pb2.ExchangeRequest(begin=begin))
+        self._abstained = work.samples == 0
+        self._inbox.expect(self._part_numbers, step + 1)
+        begin = dialogue.encode_begin(step, self._epoch, work, hyperparameters)
+        request = shard_pb2.ExchangeRequest(begin=begin)
+        self._sent = {shard: [request] for shard in self._holders}
+        self._sent_parts = {shard: [] for shard in self._holders}
+        for shard in self._holders:
+            self._clients[shard].send(request)
 
     def submit(self, bucket: Bucket, step: int) -> None:
         """Queue the bucket's parts for their shards; copies the gradients once."""
@@ -116,62 +147,92 @@ class ParameterServerExchange:
         for part in self._parts[bucket.layout.index]:
             present = [bucket.present[self._positions[s.parameter][1]] for s in part.slices]
             frame = codec.encode_push(step, part, present, bucket.host_gradients)
+            self._sent[part.shard].append(frame)
+            self._sent_parts[part.shard].append(part.index)
             self._clients[part.shard].send(frame)
             self._metrics.pushed(part.shard, part.num_bytes)
             self.traffic.pushed_bytes += part.num_bytes
 
     def settle(self, step: int) -> Outcome:
-        """Wait for every part. The shards bound the wait: they end the streams when a worker or
-        shard is lost.
+        """Wait for every part. The shards bound the wait: they end the streams when the job has
+        failed.
         """
-        self._inbox.wait_for_parts()
+        before = dict(self._versions)
+        mark = self._inbox.wait_for_parts()
+        self._sent = {}
+        self._take_over()
+        refused = self._inbox.take_refusal()
+        version = min(self._versions.values())
+        if self._lockstep:
+            applied = not self._abstained and refused is None
+            return Outcome(mark, version, applied, staleness=0)
+        own = 0 if self._abstained else 1
+        staleness = max(self._versions[p] - v - own for p, v in before.items())
+        return Outcome(step + 1, version, not self._abstained, staleness)
+
+    def _take_over(self) -> None:
+        """All parts are here: the model computes with them from now on."""
         self.traffic.pulled_bytes += sum(part.num_bytes for part in self._plan.parts)
         for bucket in self._buckets:
             bucket.upload()
-        return Outcome(version=step + 1, applied=not self._abstained, staleness=0)
 
-    def close(self, failure: str = "") -> None:
+    def close(self, farewell: Farewell = Farewell.FINISHED, failure: str = "") -> None:
         """Leave the lead last, since its shards stop once every worker has left. Idempotent."""
         if self._closed:
             return
         self._closed = True
         for client in reversed(self._clients):
             try:
-                client.leave(failure)
+                client.leave(farewell, failure)
             except ShardlineError:
                 # The shard is gone or the job has failed: there is nobody to say goodbye to.
                 continue
+        if self._heartbeat is not None:
+            self._heartbeat.close()
         for client in self._clients:
             client.close()
 
     # -- Peers -------------------------------------------------------------------------------------
 
-    def idle(self, step: int) -> None:
+    def idle(self) -> None:
         """Tell the lead."""
-        idle = shard_pb2.Idle(step=step)
-        self._clients[0].send(shard_pb2.ExchangeRequest(idle=idle))
+        self._clients[0].request(shard_pb2.ExchangeRequest(idle=shard_pb2.Idle()))
 
-    def meet(
-        self, purpose: Purpose, step: int, values: Sequence[float] = (), weight: float = 1.0
-    ) -> Meeting:
-        """Wait for the lead's word, then pull the parameters if others went further."""
-        if self._chosen and purpose in (Purpose.EPOCH, Purpose.CLOSE):
+    def meet(self, arrival: Arrival) -> Meeting:
+        """Wait for the lead's word, and for the parameters if others went further."""
+        if self._chosen and arrival.purpose in (Purpose.EPOCH, Purpose.CLOSE):
             self._load_extras()
-        meeting = self._wait_for_all(purpose, step, values, weight)
-        if meeting.step != step:
-            self._pull_parameters()
-        return meeting
+        met = self._wait_for_all(arrival)
+        grant = dialogue.decode_grant(met.leases) if met.HasField("leases") else None
+        return Meeting(met.step, tuple(met.means), met.chosen, grant)
 
-    def _wait_for_all(
-        self, purpose: Purpose, step: int, values: Sequence[float], weight: float
-    ) -> Meeting:
-        meet = shard_pb2.Meet(
-            purpose=shard_pb2.Purpose.Name(purpose), step=step, values=values, weight=weight
-        )
-        self._clients[0].send(shard_pb2.ExchangeRequest(meet=meet))
+    def _wait_for_all(self, arrival: Arrival) -> shard_pb2.Met:
+        # Parts may come before the word that announces them, from a shard that is faster.
+        self._inbox.expect(self._part_numbers, arrival.step, meets=True)
+        meet = dialogue.encode_meet(arrival)
+        self._clients[0].request(shard_pb2.ExchangeRequest(meet=meet))
         met = self._inbox.wait_for_meeting()
-        self._epoch, self._chosen = met.epoch, met.chosen
-        return Meeting(met.step, tuple(met.means), met.chosen)
+        self._epoch, self._chosen = max(self._epoch, met.epoch), met.chosen
+        if met.refreshed:
+            self._inbox.wait_for_parts()
+            self._take_over()
+        return met
+
+    # -- DataLeases --------------------------------------------------------------------------------
+
+    def request_lease(self, loader: int, spec: PassSpec) -> None:
+        """Ask the lead."""
+        lease = dialogue.encode_lease_request(loader, spec)
+        self._clients[0].request(shard_pb2.ExchangeRequest(lease=lease))
+
+    def receive_lease(self) -> Grant:
+        """The lead's answer."""
+        return dialogue.decode_grant(self._inbox.wait_for_leases())
+
+    def return_leases(self, leases: Sequence[int], *, declined: bool = False) -> None:
+        """Tell the lead."""
+        lease = shard_pb2.LeaseRequest(returned=leases, declined=declined)
+        self._clients[0].request(shard_pb2.ExchangeRequest(lease=lease))
 
     # -- Optimizer state ---------------------------------------------------------------------------
 
@@ -186,7 +247,7 @@ class ParameterServerExchange:
                 if response.WhichOneof("message") == "version":
                     versions.add(response.version)
                 else:
-                    self._place_state(state, response.state)
+                    place_state(self._plan, state, response.state)
         if len(versions) > 1:
             raise JobFailedError(
                 "the shards moved on while their optimizer state was read (versions "
@@ -195,33 +256,11 @@ class ParameterServerExchange:
             )
         return state
 
-    def _place_state(
-        self, state: Mapping[int, dict[str, torch.Tensor]], message: tensor_pb2.StateTensor
-    ) -> None:
-        piece = self._plan.parts[message.part].slices[message.slice]
-        value, entries = codec.decode_state(message), state[piece.parameter]
-        if value.dim() == 0:
-            entries[message.spec.name] = value
-            return
-        shape = self._plan.parameters[piece.parameter].shape
-        whole = entries.setdefault(message.spec.name, torch.zeros(shape, dtype=value.dtype))
-        whole.view(-1)[piece.start : piece.start + piece.length] = value
-
     def write_state(self, state: StateByParameter) -> None:
         """Send each shard its slices; only the chosen worker's count, all others return at once."""
         if self._chosen:
             for client in self._clients:
-                self._load(client, self._cut_state(client.index, state))
-
-    def _cut_state(self, shard: int, state: StateByParameter) -> Iterator[shard_pb2.LoadRequest]:
-        yield shard_pb2.LoadRequest(clear_state=True)
-        for part in self._plan.parts_of_shard(shard):
-            for number, piece in enumerate(part.slices):
-                for key, value in state.get(piece.parameter, {}).items():
-                    if key not in SCALAR_STATE:
-                        value = value.reshape(-1)[piece.start : piece.start + piece.length]
-                    message = codec.encode_state(part.index, number, key, value.cpu())
-                    yield shard_pb2.LoadRequest(state=message)
+                self._load(client, cut_state(self._plan, client.index, state))
 
     # -- Values ------------------------------------------------------------------------------------
 
@@ -258,14 +297,6 @@ class ParameterServerExchange:
         with self._inbox.explaining(2 * self._config.rpc.reconnect_seconds):
             yield from client.pull(content)
 
-    def _pull_parameters(self) -> None:
-        for client in self._clients:
-            for response in self._pull(client, shard_pb2.CONTENT_PARAMETERS):
-                if response.WhichOneof("message") == "part":
-                    self._write(client.index, response.part)
-        for bucket in self._buckets:
-            bucket.upload()
-
     def _pull_extras(self) -> None:
         extras = self._extras()
         received = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in extras.items()}
@@ -289,29 +320,64 @@ class ParameterServerExchange:
             for name, tensor in extras.items():
                 tensor.copy_(received[name])
 
-    def _receive_from(self, shard: int) -> Callable[[PartFrame | shard_pb2.ExchangeResponse], None]:
-        def receive(response: PartFrame | shard_pb2.ExchangeResponse) -> None:
-            if isinstance(response, PartFrame):
-                self._inbox.arrived(self._write(shard, response).index)
-                return
-            match response.WhichOneof("message"):
-                case "part":
-                    self._inbox.arrived(self._write(shard, response.part).index)
-                case "met":
-                    self._inbox.met(response.met)
-                case other:
-                    raise ProtocolError(f"shard {shard} sends {other} on an open stream")
+    # -- Listener: called by the threads that read the streams -------------------------------------
 
-        return receive
+    def receive(self, shard: int, response: PartFrame | shard_pb2.ExchangeResponse) -> None:
+        """A message of a shard. Raises ProtocolError."""
+        if isinstance(response, PartFrame):
+            self._receive_part(shard, response)
+            return
+        if response.number and not self._clients[shard].answered(response.number):
+            return
+        match response.WhichOneof("message"):
+            case "part":
+                self._receive_part(shard, response.part)
+            case "met":
+                self._inbox.met(response.met)
+            case "leases":
+                self._inbox.granted(response.leases)
+            case "refused":
+                self._inbox.refused(response.refused)
+            case other:
+                raise ProtocolError(f"shard {shard} sends {other} on an open stream")
 
-    def _write(self, shard: int, message: PartFrame | tensor_pb2.Part) -> Part:
-        """Copy a part's parameters into their bucket."""
+    def missing(self, shard: int) -> list[shard_pb2.ExchangeRequest | bytes]:
+        """The begin and the pushes that were not answered; without a step, the parts that are still
+        expected.
+        """
+        expected = self._inbox.expected
+        here = [part.index for part in self._plan.parts_of_shard(shard) if part.index in expected]
+        sent = self._sent.get(shard)
+        if sent is None:
+            fetch = shard_pb2.ExchangeRequest(fetch=shard_pb2.Fetch(parts=here))
+            return [fetch] if here else []
+        begin, *frames = tuple(sent)
+        parts = self._sent_parts[shard]
+        return [begin, *(f for f, part in zip(frames, parts, strict=False) if part in expected)]
+
+    def recovered(self, shard: int) -> None:
+        """A stream is open again."""
+        self._metrics.reconnected(shard)
+        self._inbox.recovered(shard)
+
+    def fail(self, shard: int, failure: ShardlineError, *, final: bool = True) -> None:
+        """A stream is broken."""
+        self._inbox.fail(shard, failure, final=final)
+
+    def _receive_part(self, shard: int, message: PartFrame | tensor_pb2.Part) -> None:
+        """Copy a part's parameters into their bucket, unless they are older than what is held."""
         if message.part >= len(self._plan.parts):
             raise ProtocolError(
                 f"shard {shard} sends part {message.part}, which the plan does not have"
             )
         part = self._plan.parts[message.part]
+        elements = codec.decode_elements(message, part)
+        self._epoch = max(self._epoch, message.epoch)
+        mark = message.step if self._lockstep else message.clock
+        if not self._inbox.wants(part.index, mark):
+            return
         target = self._buckets[part.bucket].host_parameters
-        target[part.start : part.start + part.length].copy_(codec.decode_elements(message, part))
+        target[part.start : part.start + part.length].copy_(elements)
+        self._versions[part.index] = message.step
         self._metrics.pulled(shard, part.num_bytes)
-        return part
+        self._inbox.arrived(part.index, mark)

@@ -1,13 +1,15 @@
-"""When a worker is waited for: it goes idle at the end of its data and is a member again once all
-have met.
+"""When a worker is waited for: it goes idle when it breaks out of its data, and is a member again
+once all have met.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ps_core.exchange import Meeting, Peers, Purpose
+from ps_core.errors import ShardlineError
+from ps_core.exchange import Arrival, Grant, Meeting, Peers, Purpose
 
 
 class Stepping(Protocol):
@@ -15,61 +17,97 @@ class Stepping(Protocol):
 
     next_step: int
 
+    def flush(self) -> None:
+        """Exchange what steps have left for later."""
+        ...
+
+
+def _nothing() -> None:
+    pass
+
 
 class Attendance:
     """One worker's attendance.
 
     A pass over the data ends with a meeting of all workers (`EPOCH`), after which all hold the
-    same, newest parameters. A worker that breaks out of its pass goes idle at once and meets the
-    others before whatever it does next that needs them. Until it is bound to a job nothing happens.
+    same, newest parameters. A worker that breaks out of its pass goes idle at once, and owes that
+    meeting: it comes before whatever the worker does next that needs the others. Until it is bound
+    to a job nothing happens.
     """
 
     def __init__(self) -> None:
         self._peers: Peers | None = None
         self._optimizer: Stepping | None = None
-        self._interrupted = False
+        self._is_idle = False
+        self._owes_meeting = False
         self._met = False
         """All have met in this body of `session.epochs`, and no step has followed."""
+        self._give_back: Callable[[], None] = _nothing
+        """To be called before the meeting that is owed."""
+        self.data_epoch = 0
+        """Index in `session.epochs`."""
+        self.num_ends = 0
+        """How often a pass has ended: leases that were granted before are void."""
 
-    def bind(self, peers: Peers, optimizer: Stepping) -> None:
-        """The worker has joined a job."""
+    def bind(self, peers: Peers, optimizer: Stepping | None = None) -> None:
+        """The worker has joined a job; without `optimizer` it takes no steps yet."""
         self._peers, self._optimizer = peers, optimizer
 
     def release(self) -> None:
         """The worker has left."""
         self._peers = None
 
-    def enter_pass(self) -> None:
-        """The script begins a pass over the data."""
-        self.ensure_member()
-
-    def leave_pass(self, *, finished: bool) -> None:
-        """The pass has ended, or the script has broken out of it."""
-        if self._peers is None or self._optimizer is None:
+    def break_off(self) -> None:
+        """The script has broken out of a pass over the data. What goes wrong is told by the next
+        call that needs the others: here a script may be on its way out because of an error.
+        """
+        if self._peers is None:
             return
-        if finished:
-            self.end_epoch()
-        else:
-            self._peers.idle(self._optimizer.next_step)
-            self._interrupted = True
-            self._met = False
+        with contextlib.suppress(ShardlineError):
+            self._flush()
+            self._peers.idle()
+        self._is_idle = self._owes_meeting = True
+        self._met = False
+        self.num_ends += 1
+
+    def put_off(self, give_back: Callable[[], None]) -> None:
+        """A pass has ended, and the script may take a last step with what it has accumulated: the
+        meeting comes after that, and first `give_back`.
+        """
+        self._owes_meeting = True
+        self._met = False
+        self._give_back = give_back
 
     def ensure_member(self) -> None:
-        """Before a step or a pass: make up for the meeting of a pass that was broken off."""
-        if self._interrupted:
+        """Before a step: make up for the meeting of a pass that was broken off."""
+        if self._is_idle:
+            self.end_epoch()
+
+    def ensure_met(self) -> None:
+        """Before a pass or a meeting: make up for the meeting of the pass before."""
+        if self._owes_meeting:
             self.end_epoch()
 
     def step_taken(self) -> None:
         """A step is done."""
         self._met = False
 
-    def end_epoch(self) -> None:
-        """Meet the others at the end of the data."""
-        self._interrupted, self._met = False, True
-        self.meet(Purpose.EPOCH)
+    def end_epoch(self, *, takes_leases: bool = False) -> Grant | None:
+        """Meet the others at the end of the data. With `takes_leases` the answer may be more of it:
+        samples that another worker has left behind.
+        """
+        give_back, self._give_back = self._give_back, _nothing
+        give_back()
+        meeting = self.meet(Purpose.EPOCH, takes_leases=takes_leases)
+        if meeting.grant is None:
+            self._is_idle = self._owes_meeting = False
+            self._met = True
+            self.num_ends += 1
+        return meeting.grant
 
-    def begin_loop_body(self) -> None:
+    def begin_loop_body(self, epoch: int) -> None:
         """The body of `session.epochs` begins."""
+        self.data_epoch = epoch
         self._met = False
 
     def end_loop_body(self) -> None:
@@ -79,12 +117,28 @@ class Attendance:
         if not self._met:
             self.end_epoch()
 
-    def meet(self, purpose: Purpose, values: Sequence[float] = (), weight: float = 1.0) -> Meeting:
+    def meet(
+        self,
+        purpose: Purpose,
+        values: Sequence[float] = (),
+        weight: float = 1.0,
+        *,
+        takes_leases: bool = False,
+    ) -> Meeting:
         """Wait for all workers and take over the step that they go on with."""
         if purpose is not Purpose.EPOCH:
-            self.ensure_member()
-        if self._peers is None or self._optimizer is None:
+            self.ensure_met()
+        if self._peers is None:
             return Meeting(0, tuple(values), chosen=True)
-        meeting = self._peers.meet(purpose, self._optimizer.next_step, values, weight)
-        self._optimizer.next_step = meeting.step
+        self._flush()
+        step = self._optimizer.next_step if self._optimizer else 0
+        meeting = self._peers.meet(
+            Arrival(purpose, step, tuple(values), weight, takes_leases, self.data_epoch)
+        )
+        if self._optimizer:
+            self._optimizer.next_step = meeting.step
         return meeting
+
+    def _flush(self) -> None:
+        if self._optimizer:
+            self._optimizer.flush()

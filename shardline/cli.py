@@ -1,4 +1,5 @@
-"""The command `shardline`: `run` a script on this machine, or ask shards for their `status`.
+"""The command `shardline`: `run` a script on this machine, add a `worker` to a job that runs, or
+ask shards for their `status`.
 
 It ends with 0 when all went well, 1 when the training failed, 2 when it was used wrongly, and 3
 when a shard could not be reached; with 128 + the signal's number when a signal ended it.
@@ -20,19 +21,34 @@ from rich.live import Live
 
 from ps_core import __version__, config
 from ps_core.errors import ConfigError, ShardlineError
+from ps_core.settings import Config
 
 _RUN_KEYS: Final = (
     "consistency.mode",
+    "consistency.backup_workers",
+    "consistency.bound",
+    "consistency.staleness_scaling",
+    "consistency.delay_compensation",
+    "consistency.local_steps",
+    "consistency.outer_lr",
+    "consistency.outer_momentum",
     "consistency.deterministic",
     "job.seed",
     "worker.nonfinite",
     "worker.device",
+    "worker.grace_seconds",
     "exchange.part_bytes",
     "exchange.bucket_bytes",
     "membership.join_timeout_seconds",
+    "membership.min_workers",
+    "membership.pause_timeout_seconds",
+    "membership.step_deadline_seconds",
+    "launch.max_restarts",
+    "launch.restart_window_seconds",
     "rpc.drain_seconds",
     "rpc.insecure",
 )
+_WORKER_KEYS: Final = ("worker.threads", "worker.device", "rpc.insecure")
 _WATCH_SECONDS: Final = 1.0
 _FILE_WIDTH: Final = 160
 
@@ -40,17 +56,50 @@ _EXAMPLES: Final = """\
 examples:
   shardline run train.py
   shardline run --workers 4 --shards 2 examples/digits.py --epochs 5
+  shardline worker --join 127.0.0.1:7000 train.py
   shardline status --shards 127.0.0.1:7000,127.0.0.1:7001
 """
 _RUN_EXAMPLES: Final = """\
 examples:
   shardline run train.py                                  two workers, one shard
   shardline run --workers 4 --shards 2 train.py --lr 0.1  what follows train.py is its own
+  shardline run --workers 2:6 train.py                    two, and up to four more by hand
   shardline run --deterministic --seed 7 train.py         runs that repeat exactly
   python train.py                                         alone, without any shard
 
+how gradients become updates:
+  shardline run --workers 4 --backup-workers 1 train.py   an update waits for three of the four
+  shardline run --mode bounded --bound 2 train.py         up to two steps ahead of the slowest
+  shardline run --mode async train.py                     nobody waits for anybody
+  shardline run --mode async --staleness-scaling train.py
+  shardline run --mode async --delay-compensation 0.04 train.py
+  shardline run --mode local --local-steps 20 train.py    20 steps alone, then an average
+
+when workers fail:
+  shardline run --max-restarts 0 train.py                 the first failure ends the run
+  shardline run --max-restarts 10 --restart-window 3600 train.py
+  shardline run --workers 4 --min-workers 2 train.py      with fewer than two, the others wait
+  shardline run --step-deadline 30 train.py               whoever hangs for 30 s is evicted
+
+A worker that fails is started again, up to --max-restarts times within --restart-window seconds
+over the whole run. One that ends with 75 was preempted: it is replaced, which does not count. One
+that ends with 2 was used wrongly, which ends the run.
+
 It ends with 0 when all workers have, 1 when a process failed, 2 when it was used wrongly, 3 when a
 shard could not be reached, and 128 + the signal's number when a signal ended it.
+"""
+_WORKER_EXAMPLES: Final = """\
+examples:
+  shardline worker --join 127.0.0.1:7000 train.py
+  shardline worker --join 127.0.0.1:7000 --threads 2 --device cpu train.py --lr 0.1
+  shardline worker --insecure --join 10.0.0.4:7000,10.0.0.5:7000 train.py
+
+The first address is that of shard 0, which knows the rest; give all of them where they have other
+names. They are in cluster.json in the run's directory. There must be room: start the run with
+`shardline run --workers MIN:MAX`. The arguments of SCRIPT should be those of the other workers.
+
+It becomes the worker, and so ends as SCRIPT does: with 75 when it was preempted (SIGTERM), 3 when a
+shard could not be reached or the job went on without it. It ends with 2 when there is no room.
 """
 _STATUS_EXAMPLES: Final = """\
 examples:
@@ -61,7 +110,9 @@ examples:
 It ends with 0 when all shards have answered, 2 when it was used wrongly, and 3 when one could not
 be reached. The addresses of a run's shards are in cluster.json in its run directory.
 """
+_WORKERS_HELP: Final = "processes that run SCRIPT; up to MAX, with those that join by hand [2]"
 _RUN_DIR_HELP: Final = "folder for logs and results [runs/TIME-SCRIPT; SHARDLINE_JOB_RUN_DIR]"
+_METRICS_HELP: Final = "port of its /metrics; 0: a free one; -1: none [0; SHARDLINE_METRICS_PORT]"
 _THREADS_HELP: Final = "torch threads of each worker [CPUs / workers; SHARDLINE_WORKER_THREADS]"
 _LAYOUT: Final[dict[str, Any]] = {
     "formatter_class": argparse.RawDescriptionHelpFormatter,
@@ -102,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"shardline {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_run(commands)
+    _add_worker(commands)
     _add_status(commands)
     return parser
 
@@ -118,10 +170,10 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.set_defaults(action=_run)
     parser.add_argument(
         "--workers",
-        type=_count("a worker runs SCRIPT on its share of the data"),
-        default=2,
-        metavar="N",
-        help="processes that run SCRIPT [2]",
+        type=_workers,
+        default=(2, 2),
+        metavar="N|MIN:MAX",
+        help=_WORKERS_HELP,
     )
     parser.add_argument(
         "--shards",
@@ -133,6 +185,31 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument("--run-dir", dest="job.run_dir", metavar="DIR", help=_RUN_DIR_HELP)
     parser.add_argument("--threads", dest="worker.threads", metavar="N", help=_THREADS_HELP)
     _add_config(parser, _RUN_KEYS)
+    _add_script(parser)
+
+
+def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "worker",
+        help="add one worker to a job that runs",
+        description="Run SCRIPT as one more worker of a job that runs.",
+        usage="%(prog)s [OPTION…] --join HOST:PORT[,…] SCRIPT [ARG…]",
+        epilog=_WORKER_EXAMPLES,
+        **_LAYOUT,
+    )
+    parser.set_defaults(action=_worker)
+    parser.add_argument(
+        "--join",
+        dest="cluster.shards",
+        metavar="HOST:PORT[,…]",
+        help="address of shard 0, or of all shards [SHARDLINE_CLUSTER_SHARDS]",
+    )
+    parser.add_argument("--metrics-port", dest="metrics.port", metavar="PORT", help=_METRICS_HELP)
+    _add_config(parser, _WORKER_KEYS)
+    _add_script(parser)
+
+
+def _add_script(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("script", metavar="SCRIPT", type=Path, help="the training script")
     parser.add_argument(
         "arguments", metavar="ARG", nargs=argparse.REMAINDER, help="goes to SCRIPT untouched"
@@ -173,13 +250,24 @@ def _count(why: str) -> Callable[[str], int]:
     def count(text: str) -> int:
         number = int(text) if text.isascii() and text.isdigit() else 0
         if number < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a count of at least 1: {why}")
+            what = f"{text or 'nothing'} is not a count of at least 1"
+            raise argparse.ArgumentTypeError(f"{what}: {why}")
         return number
 
     return count
 
 
-def _load(arguments: argparse.Namespace) -> config.Config:
+def _workers(text: str) -> tuple[int, int]:
+    """How many workers start, and how many there may be: `3`, or `2:6`."""
+    count = _count("a worker runs SCRIPT on its share of the data")
+    low, _, high = text.partition(":")
+    workers = count(low), count(high if ":" in text else low)
+    if workers[0] > workers[1]:
+        raise argparse.ArgumentTypeError(f"{text} starts more workers than it allows: MIN:MAX")
+    return workers
+
+
+def _load(arguments: argparse.Namespace) -> Config:
     return config.load(config.overrides(arguments), file=arguments.config)
 
 
@@ -188,16 +276,26 @@ def _run(arguments: argparse.Namespace) -> int:
     from shardline.display import screen_for
     from shardline.local_plan import Launch
 
+    num_workers, max_workers = arguments.workers
+    counts = {"cluster.num_workers": str(num_workers), "cluster.max_workers": str(max_workers)}
     return launcher.run(
         Launch(
             script=arguments.script,
             arguments=tuple(arguments.arguments),
             num_shards=arguments.shards,
-            num_workers=arguments.workers,
-            config=_load(arguments),
+            config=config.load(config.overrides(arguments) | counts, file=arguments.config),
         ),
         screen_for(sys.stdout),
     )
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    from shardline import joining  # each command loads only what it needs
+
+    settings = _load(arguments)
+    if not settings.cluster.shards:
+        raise ConfigError("which job? Give the address of its shard 0: --join HOST:PORT")
+    joining.join(settings, arguments.script, arguments.arguments)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -216,7 +314,7 @@ def _status(arguments: argparse.Namespace) -> int:
     return status.exit_code(shards)
 
 
-def _watch(settings: config.Config) -> int:
+def _watch(settings: Config) -> int:
     """Until Ctrl-C, which is how it is meant to end."""
     from shardline import status
 

@@ -200,5 +200,5 @@ def _row(worker: WorkerView) -> list[str]:
         f"{worker.step:,}",
         f"{worker.samples:,}",
         f"{worker.samples_per_second:,.0f}",
-        "finished" if worker.has_finished else "" if worker.step else "starting",
+        "finished" if worker.has_finished else "starting" if worker.is_starting else "",
     ]

@@ -18,13 +18,18 @@ _INTERVAL_SECONDS = 0.1
 class Journal:
     """Appends whole lines, at most about ten a second; logged values wait for the next line."""
 
-    def __init__(self, run_dir: Path | None, rank: int, traffic: Traffic) -> None:
-        """Without `run_dir` nothing is written. Raises OSError when the file cannot be opened."""
+    def __init__(
+        self, run_dir: Path | None, rank: int, traffic: Traffic, incarnation: str = ""
+    ) -> None:
+        """Without `run_dir` nothing is written; `incarnation` tells the processes of a rank apart.
+        Raises OSError when the file cannot be opened.
+        """
         self._file: int | None = None
         if run_dir is not None:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
             self._file = os.open(run_dir / "metrics.jsonl", flags, 0o644)
         self._rank = rank
+        self._incarnation = incarnation
         self._traffic = traffic
         self._values: dict[str, float] = {}
         self._epoch = self._version = self._samples = 0
@@ -49,6 +54,7 @@ class Journal:
             EndRecord(
                 time=time.time(),
                 rank=self._rank,
+                incarnation=self._incarnation,
                 steps=steps,
                 samples=self._samples,
                 seconds=time.monotonic() - self._started,
@@ -76,6 +82,7 @@ class Journal:
             StepRecord(
                 time=time.time(),
                 rank=self._rank,
+                incarnation=self._incarnation,
                 epoch=self._epoch,
                 step=self._version,
                 samples=self._samples,

@@ -7,21 +7,24 @@ import secrets
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from types import FrameType
 from typing import Final
 
-from ps_core.errors import ConfigError
+from ps_core.errors import ConfigError, ShardlineError
 from shardline import curves, report, run_directory
 from shardline.display import Screen
+from shardline.ledger import Balance
 from shardline.local_plan import Launch, plan
 from shardline.ports import free_ports
 from shardline.processes import Child, ProcessSpec
 from shardline.progress import Progress, Totals
 from shardline.records import Tail
-from shardline.run_directory import RunDirectory
-from shardline.supervision import REAP_SECONDS, Order, ProcessId, Supervisor
+from shardline.restarts import Restarts
+from shardline.run_directory import Outcome, RunDirectory, Running
+from shardline.supervision import REAP_SECONDS, Order, ProcessId, Start, Supervisor
 
 _POLL_SECONDS: Final = 0.05
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -31,8 +34,8 @@ _NOTEWORTHY: Final = re.compile(r"\b(WARNING|ERROR|CRITICAL|Traceback)\b|(Error|
 def run(launch: Launch, screen: Screen) -> int:
     """Run it to its end and return the exit code of the command.
 
-    Must be called on the main thread, before any other is started. ShardlineError when nothing
-    could be started; what fails later is told on the screen and on standard error.
+    Must be called on the main thread. ShardlineError when nothing could be started; what fails
+    later is told on the screen and on standard error.
     """
     if not launch.script.is_file():
         raise ConfigError(f"there is no script {launch.script}")
@@ -41,7 +44,9 @@ def run(launch: Launch, screen: Screen) -> int:
     job_id = f"{launch.job_name}-{secrets.token_hex(3)}"
     specs = plan(launch, job_id, directory.path, ports, _num_cpus())
     screen.note(report.opening(launch, job_id, directory))
-    return _Run(launch, directory, screen, specs).to_its_end(job_id)
+    if invitation := report.invitation(launch, specs[0].address or ""):
+        screen.note(invitation)
+    return _Run(launch, directory, screen, specs, job_id).to_its_end()
 
 
 def _num_cpus() -> int:
@@ -77,37 +82,46 @@ class _Run:
         directory: RunDirectory,
         screen: Screen,
         specs: Sequence[ProcessSpec],
+        job_id: str,
     ) -> None:
+        self._job_id = job_id
         self._launch, self._directory, self._screen = launch, directory, screen
         self._specs = specs
-        self._children: dict[ProcessId, Child] = {}
+        self._children: dict[ProcessId, Child] = {}  # the newest of each
+        self._num_starts: Counter[ProcessId] = Counter()
         self._signals: list[signal.Signals] = []
         self._tail = Tail(directory.metrics)
-        self._progress = Progress(launch.num_workers)
-        self._started = time.monotonic()
-        rpc = launch.config.rpc
+        self._progress = Progress(launch.num_workers, launch.num_ranks)
+        self._started, self._started_at = time.monotonic(), time.time()
+        rpc, policy = launch.config.rpc, launch.config.launch
+        restarts = Restarts(policy.max_restarts, policy.restart_window_seconds)
         processes = [spec.id for spec in specs]
-        self._supervisor = Supervisor(processes, rpc.drain_seconds, rpc.reconnect_seconds)
+        self._supervisor = Supervisor(processes, rpc.drain_seconds, restarts, rpc.reconnect_seconds)
 
-    def to_its_end(self, job_id: str) -> int:
+    def to_its_end(self) -> int:
         """Start, watch, clean up, tell; returns the exit code."""
         with _signals_into(self._signals):
             try:
-                self._start(job_id)
+                for spec in self._specs:
+                    self._start(spec)
+                self._write_cluster()
                 self._watch()
             finally:
                 self._clean_up()
             return self._tell(time.monotonic() - self._started)
 
-    def _start(self, job_id: str) -> None:
-        """All processes before any thread: a fork must not copy a lock that a thread holds."""
-        for spec in self._specs:
-            self._children[spec.id] = Child(spec, self._directory.open_log(spec))
-        pids = [child.pid for child in self._children.values()]
-        document = run_directory.cluster(job_id, time.time(), self._specs, pids)
+    def _start(self, spec: ProcessSpec) -> None:
+        child = self._children[spec.id] = Child(spec, self._directory.open_log(spec))
+        self._num_starts[spec.id] += 1
+        child.listen(partial(self._show_line, spec.id))
+
+    def _write_cluster(self) -> None:
+        running = [
+            Running(child.spec, child.pid, self._num_starts[process] - 1)
+            for process, child in self._children.items()
+        ]
+        document = run_directory.cluster(self._job_id, self._started_at, running)
         self._directory.write_json("cluster.json", document)
-        for process, child in self._children.items():
-            child.listen(partial(self._show_line, process))
 
     def _show_line(self, process: ProcessId, text: str) -> None:
         # What shards say when we end them is no news.
@@ -144,11 +158,23 @@ class _Run:
         ended = [(process, code) for process, code in codes if code is not None]
         return sorted(ended, key=lambda each: each[1] >= 0)
 
-    def _carry_out(self, order: Order) -> None:
+    def _carry_out(self, order: Order | Start) -> None:
         if order.note:
             self._screen.note(order.note)
+        if isinstance(order, Start):
+            return self._start_again(self._children[order.process])
         for process in order.processes:
             self._children[process].send(order.signal)
+
+    def _start_again(self, ended: Child) -> None:
+        """In the place of one that has ended, which is seen to end once more if that fails."""
+        ended.close()
+        try:
+            self._start(ended.spec)
+            self._progress.restarted(ended.spec.id.index)
+            self._write_cluster()
+        except ShardlineError as exc:
+            self._screen.note(str(exc))
 
     def _clean_up(self) -> None:
         """End what still runs, which is nothing after a run without surprises."""
@@ -168,9 +194,11 @@ class _Run:
         """Write the results, and show them."""
         self._progress.add(self._tail.read())
         totals, code = self._progress.totals(), self._supervisor.exit_code()
-        self._write_results(totals, wall_seconds, code)
+        balance = self._balance()
+        counts = self._supervisor.num_restarts, self._supervisor.num_preemptions
+        self._write_results(totals, balance, Outcome(wall_seconds, code, *counts))
         if totals.steps or code == 0:
-            self._screen.table(report.rows(totals, wall_seconds, self._directory))
+            self._screen.table(report.rows(totals, balance, wall_seconds, self._directory))
         sys.stderr.write(
             report.ending(
                 self._supervisor,
@@ -181,9 +209,15 @@ class _Run:
         )
         return code
 
-    def _write_results(self, totals: Totals, wall_seconds: float, code: int) -> None:
-        launch = self._launch
-        document = run_directory.summary(launch, totals, wall_seconds, code)
+    def _balance(self) -> Balance:
+        try:
+            return self._directory.balance()
+        except OSError as exc:
+            self._screen.note(f"what became of the samples is not known: {exc}")
+            return Balance()
+
+    def _write_results(self, totals: Totals, balance: Balance, outcome: Outcome) -> None:
+        document = run_directory.summary(self._launch, totals, balance, outcome)
         try:
             self._directory.write_json("summary.json", document)
             if self._supervisor.interrupted is None:

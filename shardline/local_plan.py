@@ -6,14 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ps_core.config import (
-    ClusterConfig,
-    Config,
-    JobConfig,
-    inherited_environment,
-    to_environment,
-    validate,
-)
+from ps_core.config import inherited_environment, to_environment, validate
+from ps_core.settings import Config, JobConfig
 from shardline.processes import ProcessSpec
 from shardline.supervision import ProcessId
 
@@ -23,14 +17,28 @@ _SHARD_COMMAND: Final = (sys.executable, "-u", "-m", "ps_server")
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What to run; `config` is what all processes have in common."""
+    """What to run; `config` is what all processes have in common, the number of workers too."""
 
     script: Path
     arguments: tuple[str, ...]
     num_shards: int
-    num_workers: int
     config: Config
     shard_command: tuple[str, ...] = _SHARD_COMMAND
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The script with its arguments."""
+        return (str(self.script), *self.arguments)
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers are started."""
+        return self.config.cluster.num_workers
+
+    @property
+    def num_ranks(self) -> int:
+        """How many workers there may be, with those that join by hand."""
+        return self.config.cluster.num_ranks
 
     @property
     def job_name(self) -> str:
@@ -50,7 +58,7 @@ def plan(
     config = replace(
         launch.config,
         job=replace(launch.config.job, id=job_id, run_dir=str(run_dir)),
-        cluster=ClusterConfig(shards=shards, num_workers=launch.num_workers),
+        cluster=replace(launch.config.cluster, shards=shards, rank=0),
         server=replace(launch.config.server, index=0, port=0),
     )
     roles = [ProcessId("shard", index) for index in range(launch.num_shards)]
@@ -82,7 +90,7 @@ def _of_process(config: Config, process: ProcessId, metrics_port: int, num_cpus:
 def _spec(launch: Launch, config: Config, process: ProcessId) -> ProcessSpec:
     validate(config)
     metrics, is_shard = config.metrics, process.role == "shard"
-    worker_command = (sys.executable, "-u", str(launch.script), *launch.arguments)
+    worker_command = (sys.executable, "-u", *launch.command)
     return ProcessSpec(
         process,
         launch.shard_command if is_shard else worker_command,

@@ -1,8 +1,9 @@
 """One process of a run: started, listened to, signalled, and gone when the launcher is gone."""
 
 import contextlib
-import ctypes
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import IO, Any, Final
+from typing import IO, Final
 
 from ps_core.errors import ShardlineError
 from shardline.supervision import ProcessId
@@ -19,7 +20,23 @@ from shardline.supervision import ProcessId
 NUM_LAST_LINES: Final = 15
 _MAX_LINE_BYTES: Final = 2**16  # a longer line is cut into several
 _JOIN_SECONDS: Final = 2.0
-_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+_TRAMPOLINE: Final = """
+import ctypes, os, signal, sys
+parent, program, *command = sys.argv[1:]
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+if os.getppid() != int(parent):  # it was gone before the call
+    os._exit(1)
+for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and so would the command
+    signal.signal(number, signal.SIG_DFL)
+with open("/proc/self/environ", "rb") as file:  # Python itself may have set LC_CTYPE
+    pairs = [entry.partition(b"=") for entry in file.read().split(b"\\0") if entry]
+os.execve(program, command, {name: value for name, _, value in pairs})
+"""
+"""The first program of every process: it has the kernel kill the process when its parent, the
+launcher, is gone, and becomes the command. A `preexec_fn` could do that only while the launcher
+has a single thread: a fork copies locks that other threads hold.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +59,7 @@ class Child:
 
     `log` gets all that it writes, `on_line` each line as text, on a thread of this object; both
     begin with `listen`. Must be made by a thread that lives until the process has ended (the main
-    thread), before any thread is started.
+    thread): the process is killed when that thread is gone.
     """
 
     def __init__(self, spec: ProcessSpec, log: IO[bytes]) -> None:
@@ -128,27 +145,22 @@ class Child:
 
 def _start(spec: ProcessSpec) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        spec.command,
+        _ending_with_this_process(spec),
         env=dict(spec.environment),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # Ctrl-C reaches the launcher only, which ends workers first
-        # Safe because no other thread runs yet.
-        preexec_fn=_end_with_parent(),
     )
 
 
-def _end_with_parent() -> Callable[[], None] | None:
-    """What a new process calls so that the kernel kills it when the launcher is gone."""
+def _ending_with_this_process(spec: ProcessSpec) -> tuple[str, ...]:
+    """The command, so that it is killed when this process is gone; only Linux can do that."""
+    program = shutil.which(spec.command[0], path=spec.environment.get("PATH", os.defpath))
+    if program is None:
+        raise FileNotFoundError(errno.ENOENT, "not a program that can be run")
     if sys.platform != "linux":
-        return None
-    prctl: Any = ctypes.CDLL(None).prctl
-    launcher = os.getpid()
-
-    def end_with_parent() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != launcher:  # it was gone before the call
-            os._exit(1)
-
-    return end_with_parent
+        return spec.command
+    # Isolated from the user's packages and variables, which are for the command.
+    python = (sys.executable, "-I", "-S", "-c", _TRAMPOLINE)
+    return (*python, str(os.getpid()), program, *spec.command)

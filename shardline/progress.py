@@ -25,6 +25,7 @@ class WorkerView:
     samples: int = 0
     samples_per_second: float = 0.0
     has_finished: bool = False
+    is_starting: bool = False  # its process has written no record yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,9 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What the workers did in the whole run; steps and version are the highest of any worker."""
+    """What the workers did in the whole run, with all their processes; steps and version are the
+    highest of any worker.
+    """
 
     steps: int
     version: int
@@ -64,13 +67,22 @@ class Totals:
     samples_per_second: float  # while they trained: from each worker's first step to its last
     pushed_bytes: int
     pulled_bytes: int
-    reported: Mapping[str, Scalar]  # by rank 0
+    reported: Mapping[str, Scalar]  # by the lowest rank that has reported anything
     values: Mapping[str, float]  # as in View
 
 
 def _speed(first: _Sample, last: _Sample) -> float:
     """Samples per second between two moments; 0 when they are one."""
     return (last[1] - first[1]) / (last[0] - first[0]) if last[0] > first[0] else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What one process of a worker has done so far."""
+
+    samples: int
+    pushed_bytes: int
+    pulled_bytes: int
 
 
 @dataclass(slots=True)
@@ -80,28 +92,49 @@ class _Worker:
     rank: int
     epoch: int = 0
     steps: int = 0
-    samples: int = 0
     version: int = 0
-    pushed_bytes: int = 0
-    pulled_bytes: int = 0
     values: dict[str, float] = field(default_factory=dict)
     reported: Mapping[str, Scalar] | None = None  # once it has finished
+    is_starting: bool = True
     first: _Sample | None = None
     recent: deque[_Sample] = field(default_factory=deque)
+    done: dict[str, _Done] = field(default_factory=dict)  # by incarnation
+
+    @property
+    def samples(self) -> int:
+        return sum(done.samples for done in self.done.values())
+
+    @property
+    def pushed_bytes(self) -> int:
+        return sum(done.pushed_bytes for done in self.done.values())
+
+    @property
+    def pulled_bytes(self) -> int:
+        return sum(done.pulled_bytes for done in self.done.values())
+
+    def start(self) -> None:
+        """It has a new process."""
+        self.is_starting, self.reported = True, None
 
     def add(self, record: Record) -> None:
-        self.samples, self.version = record.samples, record.version
-        self.pushed_bytes, self.pulled_bytes = record.pushed_bytes, record.pulled_bytes
+        if record.incarnation not in self.done:
+            self.reported = None
+        self.is_starting = False
+        self.done[record.incarnation] = _Done(
+            record.samples, record.pushed_bytes, record.pulled_bytes
+        )
+        self.version = max(self.version, record.version)
         if isinstance(record, EndRecord):
-            self.steps, self.reported = record.steps, record.reported
+            self.steps, self.reported = max(self.steps, record.steps), record.reported
         else:
             self._add_step(record)
 
     def _add_step(self, record: StepRecord) -> None:
-        self.epoch, self.steps = record.epoch, record.step
+        self.epoch, self.steps = record.epoch, max(self.steps, record.step)
         self.values.update(record.values)
-        self.first = self.first or (record.time, record.samples)
-        self.recent.append((record.time, record.samples))
+        sample = record.time, self.samples
+        self.first = self.first or sample
+        self.recent.append(sample)
         while len(self.recent) > 2 and self.recent[1][0] <= record.time - WINDOW_SECONDS:
             self.recent.popleft()
 
@@ -119,20 +152,35 @@ class _Worker:
     def view(self, now: float) -> WorkerView:
         speed = self.samples_per_second(now)
         finished = self.reported is not None
-        return WorkerView(self.rank, self.epoch, self.steps, self.samples, speed, finished)
+        return WorkerView(
+            self.rank, self.epoch, self.steps, self.samples, speed, finished, self.is_starting
+        )
 
 
 class Progress:
-    """Folds the records of `num_workers` workers."""
+    """Folds the records of the workers of one run.
 
-    def __init__(self, num_workers: int) -> None:
-        self._workers = [_Worker(rank) for rank in range(num_workers)]
+    It begins with `num_workers` workers; others, of ranks below `num_ranks`, are workers from their
+    first record on.
+    """
+
+    def __init__(self, num_workers: int, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self._by_rank = {rank: _Worker(rank) for rank in range(num_workers)}
+
+    @property
+    def _workers(self) -> list[_Worker]:
+        return [self._by_rank[rank] for rank in sorted(self._by_rank)]
+
+    def restarted(self, rank: int) -> None:
+        """The worker's process was started again."""
+        self._by_rank[rank].start()
 
     def add(self, records: Iterable[Record]) -> None:
-        """Take records, each worker's in order; those of ranks that do not exist are ignored."""
+        """Take records, each process's in order; those of ranks that cannot exist are ignored."""
         for record in records:
-            if 0 <= record.rank < len(self._workers):
-                self._workers[record.rank].add(record)
+            if 0 <= record.rank < self._num_ranks:
+                self._by_rank.setdefault(record.rank, _Worker(record.rank)).add(record)
 
     @property
     def finished(self) -> set[int]:
@@ -159,7 +207,7 @@ class Progress:
             samples_per_second=sum(worker.mean_samples_per_second() for worker in workers),
             pushed_bytes=sum(worker.pushed_bytes for worker in workers),
             pulled_bytes=sum(worker.pulled_bytes for worker in workers),
-            reported=workers[0].reported or {},
+            reported=next((worker.reported for worker in workers if worker.reported), {}),
             values=self._mean_values(),
         )
 

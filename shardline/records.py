@@ -40,6 +40,12 @@ def _number(value: object) -> float:
     return float(number)
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")
+    return value
+
+
 def _scalar(value: object) -> Scalar:
     if not isinstance(value, Scalar):
         raise ValueError(f"{value!r} is neither a number nor text")
@@ -53,6 +59,7 @@ def _mapping(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
 _READERS: Final[dict[Any, Callable[[Any], Any]]] = {
     int: _whole,
     float: _number,
+    str: _text,
     Mapping[str, float]: _mapping(_number),
     Mapping[str, Scalar]: _mapping(_scalar),
 }
@@ -86,12 +93,13 @@ class _Line:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord(_Line):
-    """Where a worker stands; samples and bytes are its own totals since it started."""
+    """Where a worker stands; samples and bytes are totals since its process started."""
 
     KIND: ClassVar[str] = "step"
 
     time: float  # seconds since 1970
     rank: int
+    incarnation: str  # of the worker's process: one that is started again has another
     epoch: int
     step: int
     samples: int
@@ -104,12 +112,13 @@ class StepRecord(_Line):
 
 @dataclass(frozen=True, slots=True)
 class EndRecord(_Line):
-    """A worker's last record, written once when it ends well."""
+    """A worker's last record, written once when it ends well; totals as in StepRecord."""
 
     KIND: ClassVar[str] = "end"
 
     time: float  # seconds since 1970
     rank: int
+    incarnation: str  # of the worker's process: one that is started again has another
     steps: int
     samples: int
     seconds: float  # since the worker began

@@ -1,11 +1,13 @@
 """The words of the launcher: what starts, what is interrupted, what failed and what came out."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from signal import SIGKILL, Signals
 from typing import Final
 
 from shardline.display import Row, duration, named, size
+from shardline.ledger import Balance
 from shardline.local_plan import Launch
 from shardline.progress import Totals
 from shardline.run_directory import RunDirectory
@@ -17,7 +19,17 @@ _HINTS: Final = {0: " before the workers", -SIGKILL: " (is the machine out of me
 def opening(launch: Launch, job_id: str, directory: RunDirectory) -> str:
     """What is about to run."""
     workers, shards = counted(launch.num_workers, "worker"), counted(launch.num_shards, "shard")
+    if launch.num_ranks > launch.num_workers:
+        workers += f" (up to {launch.num_ranks})"
     return f"{job_id}: {workers}, {shards}; logs and results in {short(directory.path)}"
+
+
+def invitation(launch: Launch, lead: str) -> str:
+    """How others can join, if there is room for them; `lead` is the address of shard 0."""
+    if launch.num_ranks == launch.num_workers:
+        return ""
+    command = shlex.join(["shardline", "worker", "--join", lead, *launch.command])
+    return f"to add a worker: {command}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -39,7 +51,9 @@ def interruption(number: Signals, supervisor: Supervisor) -> str:
     return f"{number.name}: ending the run within {seconds:g} s (once more: at once)"
 
 
-def rows(totals: Totals, wall_seconds: float, directory: RunDirectory) -> list[Row]:
+def rows(
+    totals: Totals, balance: Balance, wall_seconds: float, directory: RunDirectory
+) -> list[Row]:
     """The summary that people read."""
     model = directory.model()
     return [
@@ -49,9 +63,15 @@ def rows(totals: Totals, wall_seconds: float, directory: RunDirectory) -> list[R
         ("samples/s", f"{totals.samples_per_second:,.0f}"),
         ("pushed", size(totals.pushed_bytes)),
         ("pulled", size(totals.pulled_bytes)),
+        *([("samples lost / repeated / in part", _samples(balance))] if balance.passes else []),
         ("run directory", short(directory.path)),
         *([("model", short(model))] if model else []),
     ]
+
+
+def _samples(balance: Balance) -> str:
+    counts = (balance.samples_lost, balance.samples_repeated, balance.samples_applied_in_part)
+    return " / ".join(f"{count:,}" for count in counts)
 
 
 def ending(
@@ -64,6 +84,8 @@ def ending(
     after = f"after {duration(wall_seconds)}"
     if supervisor.interrupted is not None:
         return f"shardline run: interrupted by {supervisor.interrupted.name} {after}\n"
+    if supervisor.num_spent_restarts:
+        after += f" and {_restarts(supervisor)}"
     failure = supervisor.failure
     if failure is None:
         return ""
@@ -78,6 +100,11 @@ def ending(
         if other is not failure and unexpected and not other.told:
             lines.append(f"{other}: {_last_word(last_lines.get(other.process, ()))}")
     return "\n".join(lines) + "\n"
+
+
+def _restarts(supervisor: Supervisor) -> str:
+    count = counted(supervisor.num_spent_restarts, "restart")
+    return f"{count} within {supervisor.restarts.window_seconds:g} s (--max-restarts)"
 
 
 def _last_word(lines: Sequence[str]) -> str:

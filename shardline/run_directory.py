@@ -4,8 +4,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import IO, Final
 
 from ps_core import __version__
 from ps_core.errors import ConfigError
+from shardline.ledger import Balance, Ledger
 from shardline.local_plan import Launch
 from shardline.processes import ProcessSpec
 from shardline.progress import Totals
 from shardline.records import jsonable
 
 _PARENT: Final = Path("runs")
-_FILES: Final = ("cluster.json", "metrics.jsonl", "summary.json")  # each the mark of a run
+_FILES: Final = ("cluster.json", "metrics.jsonl", "summary.json", "updates.jsonl")
+"""Each is the mark of a run."""
 _PACKAGES: Final = {"torch": "torch", "grpc": "grpcio"}
 
 
@@ -39,11 +41,21 @@ class RunDirectory:
         return self.path / spec.log_name
 
     def open_log(self, spec: ProcessSpec) -> IO[bytes]:
-        """Its log, for writing; ConfigError when that is not possible."""
+        """Its log, to write at the end of it; ConfigError when that is not possible."""
         try:
-            return self.log(spec).open("wb")
+            return self.log(spec).open("ab")
         except OSError as exc:
             raise _unusable(self.path, exc) from exc
+
+    def balance(self) -> Balance:
+        """What became of the samples, as the lead wrote it down; zeros if it wrote nothing."""
+        ledger = Ledger()
+        try:
+            with (self.path / "updates.jsonl").open("rb") as file:
+                ledger.read(file)
+        except FileNotFoundError:
+            pass
+        return ledger.balance()
 
     def write_json(self, name: str, document: Mapping[str, object]) -> None:
         """Put a JSON file in place, whole or not at all; ConfigError when that is not possible."""
@@ -104,27 +116,45 @@ def _stamp(now: float) -> str:
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
 
 
-def cluster(
-    job_id: str, started: float, specs: Sequence[ProcessSpec], pids: Sequence[int]
-) -> dict[str, object]:
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A process of the run as it is now."""
+
+    spec: ProcessSpec
+    pid: int
+    num_restarts: int = 0  # how often it was started again
+
+
+def cluster(job_id: str, started: float, processes: Iterable[Running]) -> dict[str, object]:
     """The document `cluster.json`: who takes part; `started` is in seconds since 1970."""
-    processes = [
+    entries = [
         {
-            "role": spec.id.role,
-            "index": spec.id.index,
-            "pid": pid,
-            "address": spec.address,
-            "metrics_url": spec.metrics_url,
-            "log": spec.log_name,
+            "role": each.spec.id.role,
+            "index": each.spec.id.index,
+            "pid": each.pid,
+            "restarts": each.num_restarts,
+            "address": each.spec.address,
+            "metrics_url": each.spec.metrics_url,
+            "log": each.spec.log_name,
         }
-        for spec, pid in zip(specs, pids, strict=True)
+        for each in processes
     ]
     moment = datetime.fromtimestamp(started, UTC).isoformat(timespec="milliseconds")
-    return {"job_id": job_id, "started": moment, "processes": processes}
+    return {"job_id": job_id, "started": moment, "processes": entries}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    wall_seconds: float
+    exit_code: int
+    num_restarts: int = 0
+    num_preemptions: int = 0
 
 
 def summary(
-    launch: Launch, totals: Totals, wall_seconds: float, exit_code: int
+    launch: Launch, totals: Totals, balance: Balance, outcome: Outcome
 ) -> dict[str, object]:
     """The document `summary.json`: what the run did."""
     return {
@@ -134,14 +164,17 @@ def summary(
         "workers": launch.num_workers,
         "steps": totals.steps,
         "version": totals.version,
-        "wall_seconds": round(wall_seconds, 3),
+        "wall_seconds": round(outcome.wall_seconds, 3),
         "samples": totals.samples,
         "samples_per_second": round(totals.samples_per_second, 3),
         "pushed_bytes": totals.pushed_bytes,
         "pulled_bytes": totals.pulled_bytes,
+        "restarts": outcome.num_restarts,
+        "preemptions": outcome.num_preemptions,
+        **asdict(balance),
         "versions": versions(),
         "reported": totals.reported,
-        "exit_code": exit_code,
+        "exit_code": outcome.exit_code,
     }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
+import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,22 +15,34 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ps_core.buckets import make_buckets
+from ps_core.buckets import Bucket, make_buckets
 from ps_core.checkpoint import write_model
-from ps_core.config import Config, check_addresses, load
-from ps_core.errors import ConfigError, ShardlineError, UsageError
-from ps_core.exchange import Purpose
+from ps_core.config import check_addresses, load
+from ps_core.errors import (
+    ConfigError,
+    DataLossError,
+    MismatchError,
+    NonFiniteError,
+    Preempted,
+    ShardlineError,
+    UsageError,
+)
+from ps_core.exchange import DataLeases, Farewell, Purpose, Start
 from ps_core.local import LocalExchange
+from ps_core.local_steps import LocalStepsOptimizer, outer_spec
 from ps_core.metrics import Endpoint, WorkerMetrics, start_endpoint
-from ps_core.optim_spec import describe
+from ps_core.optim_spec import OptimizerSpec, check_consistency, check_norm, describe
 from ps_core.optimizer import ExchangeOptimizer, JobExchange
-from ps_core.plan import ParameterSpec, make_plan
+from ps_core.plan import ParameterSpec, Plan, make_plan
+from ps_core.settings import Config, ConsistencyConfig
 from ps_core.tensors import TRAINABLE
 from ps_worker.exchange import ParameterServerExchange
 from shardline.attendance import Attendance
 from shardline.journal import Journal
-from shardline.loader import Loader
+from shardline.loader import Loader, Place, Requests, read_spec
+from shardline.preemption import Preemption
 from shardline.records import Scalar
+from shardline.schedules import S, Schedules
 from shardline.steps import Steps
 
 
@@ -69,8 +83,10 @@ class Session:
     """One worker of a job, or a process that trains alone.
 
     Leaving the `with` block well waits for all workers, then the chosen one writes the model. An
-    exception in the block fails the job for everybody. A ShardlineError that nobody catches inside
-    the block ends the process with its exit code.
+    exception in the block takes this worker out of the job, which goes on without it, unless every
+    worker would fail like this: wrong usage, a mismatch and gradients that are not finite fail the
+    job for everybody. A ShardlineError that nobody catches inside the block ends the process with
+    its exit code.
     """
 
     def __init__(self, config: Config) -> None:
@@ -88,19 +104,32 @@ class Session:
         if self._endpoint and not config.metrics.port:
             _say(f"metrics at {self._endpoint.url}")
         metrics = WorkerMetrics(self.rank, len(config.cluster.shards))
-        self.exchange: JobExchange = (
-            ParameterServerExchange(config, metrics) if config.cluster.shards else LocalExchange()
-        )
+        self._preemption = Preemption(config.worker.grace_seconds)
+        self.exchange: JobExchange = LocalExchange()
+        if config.cluster.shards:
+            shared = ParameterServerExchange(config, metrics)
+            shared.leave_when(self._preemption.is_requested)
+            self.exchange = shared
         self._run_dir = Path(config.job.run_dir) if config.job.run_dir else None
         self._journal = self._open_journal()
         self._attendance = Attendance()
-        self._steps = Steps(metrics, self._journal, self._attendance)
+        if not config.cluster.shards:
+            self._attendance.bind(self.exchange)
+        self._schedules = Schedules()
+        self._steps = Steps(
+            metrics, self._journal, self._attendance, self._schedules.counts, self._preemption.check
+        )
+        self._requests = Requests(self._leases)
+        self._num_loaders = 0
+        self._start = Start(0, chosen=True)
+        self._optimizer: ExchangeOptimizer | None = None
+        self._first_epoch = 0
         self._reported: dict[str, Scalar] = {}
         self._model: torch.nn.Module | None = None
 
     def _open_journal(self) -> Journal:
         try:
-            return Journal(self._run_dir, self.rank, self.exchange.traffic)
+            return Journal(self._run_dir, self.rank, self.exchange.traffic, secrets.token_hex(8))
         except OSError as error:
             raise ConfigError(
                 f"cannot write to the run directory {self._run_dir} ({error.strerror}): set "
@@ -120,13 +149,14 @@ class Session:
         workers have joined.
 
         `model` owns every parameter of `optimizer`; afterwards its parameters and buffers have the
-        job's initial values. With `max_grad_norm` the average over all workers is clipped to this
-        2-norm. Raises UsageError for what cannot run on shards, MismatchError when workers
-        disagree, ShardUnreachableError.
+        job's values. With `max_grad_norm` what goes into an update is clipped to this 2-norm: the
+        mean over all workers in mode sync, each worker's own gradient in the others. Raises
+        UsageError for what cannot run on shards, MismatchError when workers disagree,
+        ShardUnreachableError.
         """
         if self._model is not None:
             raise UsageError("session.optimizer was called twice: a session trains one model")
-        spec = describe(optimizer, max_grad_norm)
+        spec = _job_spec(optimizer, max_grad_norm, self.config.consistency)
         parameters, specs = _trained(optimizer, model)
         exchange = self.config.exchange
         num_shards = max(1, len(self.config.cluster.shards))
@@ -134,27 +164,61 @@ class Session:
         buckets = make_buckets(plan, parameters)
         trained = {id(parameter) for parameter in parameters}
         self._model = model
-        start = self.exchange.join(plan, buckets, spec, lambda: _extras(model, trained))
+        start = self._start = self.exchange.join(
+            plan, buckets, spec, lambda: _extras(model, trained)
+        )
         for bucket in buckets:
             bucket.accept()
-        self._steps.watch(parameters)
-        shared = ExchangeOptimizer(
-            optimizer,
+        self._steps.watch(parameters, self.exchange)
+        self._optimizer = self._wrap(optimizer, plan, buckets, spec, max_grad_norm)
+        self._attendance.bind(self.exchange, self._optimizer)
+        if start.position is not None:
+            self._first_epoch = start.position.data_epoch
+            _say(f"worker {self.rank} joins a running job at step {start.step}")
+        return self._optimizer
+
+    def _wrap(
+        self,
+        inner: torch.optim.Optimizer,
+        plan: Plan,
+        buckets: Sequence[Bucket],
+        spec: OptimizerSpec,
+        max_grad_norm: float | None,
+    ) -> ExchangeOptimizer:
+        consistency, make = self.config.consistency, ExchangeOptimizer
+        if consistency.mode == "local":
+            steps = consistency.local_steps
+            make = partial(LocalStepsOptimizer, outer=spec, local_steps=steps)  # type: ignore[assignment]  # takes the same
+        return make(
+            inner,
             plan,
             buckets,
             self.exchange,
             self._steps,
-            first_step=start.step,
+            first_step=self._start.step,
             nonfinite=self.config.worker.nonfinite,
+            max_grad_norm=None if spec.max_grad_norm else max_grad_norm,
         )
-        self._attendance.bind(self.exchange, shared)
-        return shared
+
+    def scheduler(self, make: Callable[[torch.optim.Optimizer], S]) -> S:
+        """`make(optimizer)`, a scheduler of torch. On a worker that has joined a running job it is
+        stepped as often as the others have stepped theirs. Raises UsageError.
+        """
+        if self._optimizer is None:
+            raise UsageError("call session.optimizer(...) before session.scheduler(...)")
+        return self._schedules.build(make, self._optimizer, self._start)
 
     def epochs(self, count: int) -> Iterator[int]:
-        """0 … count - 1. All workers meet after each, and then hold the same, newest parameters."""
-        for epoch in range(count):
-            self._steps.epoch = epoch
-            self._attendance.begin_loop_body()
+        """0 … count - 1. All workers meet after each, and then hold the same, newest parameters.
+
+        On a worker that has joined a running job the first call begins with the others' epoch.
+        """
+        first, self._first_epoch = self._first_epoch, 0
+        num_loaders = self._num_loaders
+        for epoch in range(first, count):
+            # A loader that is made anew in every epoch is the same one: its next pass follows.
+            self._num_loaders = num_loaders
+            self._attendance.begin_loop_body(epoch)
             yield epoch
             self._attendance.end_loop_body()
 
@@ -165,26 +229,41 @@ class Session:
         *,
         shuffle: bool = True,
         drop_last: bool = False,
+        global_batch_size: int = 0,
         **options: Any,
     ) -> Loader:
-        """Batches of this worker's share of a map-style dataset; `options` go to torch's
+        """Batches of a map-style dataset, each sample on one worker; `options` go to torch's
         DataLoader.
 
-        `batch_size` is per worker. All workers must create and iterate the same loaders in the same
-        order: for evaluation on one worker use a plain DataLoader. Raises UsageError.
+        `batch_size` is per worker. With `global_batch_size` every update is made of that many
+        samples instead, split over the workers in proportion to their speed. All workers must
+        create and iterate the same loaders in the same order: for evaluation on one worker use a
+        plain DataLoader. Raises UsageError.
         """
-        return Loader(
-            dataset,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=self.rank,
-            world_size=self.world_size,
-            seed=self.seed,
-            attendance=self._attendance,
-            steps=self._steps,
-            options=options,
+        if global_batch_size and self.config.consistency.mode != "sync":
+            raise UsageError(
+                "global_batch_size needs mode sync: in the other modes workers take no steps "
+                "together"
+            )
+        spec = read_spec(dataset, batch_size, global_batch_size, drop_last)
+        place = Place(
+            self._num_loaders,
+            self.world_size,
+            self.seed,
+            self._requests,
+            self._attendance,
+            self._steps,
+            self._preemption,
         )
+        self._num_loaders += 1
+        return Loader(dataset, spec, place, shuffle=shuffle, options=options)
+
+    def _leases(self) -> DataLeases:
+        if self.config.cluster.shards and self._model is None:
+            raise UsageError(
+                "a loader needs the other workers: call session.optimizer(...) before the loop"
+            )
+        return self.exchange
 
     def mean(self, value: float | torch.Tensor, weight: float = 1.0) -> float:
         """The weighted mean over all workers, which must all call this. Blocks until they have."""
@@ -206,6 +285,8 @@ class Session:
     # -- The block ---------------------------------------------------------------------------------
 
     def __enter__(self) -> Session:
+        if self.config.cluster.shards:
+            self._preemption.listen()
         return self
 
     def __exit__(
@@ -219,11 +300,12 @@ class Session:
                 if error is None or (isinstance(error, SystemExit) and not error.code):
                     self._finish()
                 else:
-                    self.exchange.close(_reason(error))
+                    self.exchange.close(_farewell(error), _reason(error))
             except BaseException as failure:
-                self.exchange.close(_reason(failure))
+                self.exchange.close(_farewell(failure), _reason(failure))
                 raise
             finally:
+                self._preemption.close()
                 self._attendance.release()
                 self._steps.close()
                 self._journal.close()
@@ -247,6 +329,30 @@ def _device(name: str, rank: int) -> torch.device:
         return torch.device(name)
     count = torch.cuda.device_count()
     return torch.device("cuda", rank % count) if count else torch.device("cpu")
+
+
+def _job_spec(
+    optimizer: torch.optim.Optimizer, max_grad_norm: float | None, consistency: ConsistencyConfig
+) -> OptimizerSpec:
+    """The optimizer that the shards run. They clip the mean; where an update is made of one
+    worker's gradient, or of its local steps, that worker clips for itself.
+    """
+    check_norm(max_grad_norm)
+    if consistency.mode == "local":
+        return outer_spec(consistency, len(optimizer.param_groups))
+    spec = describe(optimizer, max_grad_norm if consistency.mode == "sync" else None)
+    check_consistency(spec, consistency)
+    return spec
+
+
+def _farewell(error: BaseException) -> Farewell:
+    """What an error means for the others: whether another process in this one's place would fail
+    as well.
+    """
+    if isinstance(error, Preempted):
+        return Farewell.PREEMPTED
+    hopeless = isinstance(error, UsageError | NonFiniteError | MismatchError | DataLossError)
+    return Farewell.FATAL if hopeless else Farewell.FAILED
 
 
 def _reason(error: BaseException) -> str:

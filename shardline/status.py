@@ -1,6 +1,6 @@
 """What the shards of a job say about themselves, for people and for programs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,8 +11,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ps_core.config import Config
 from ps_core.errors import ShardlineError, ShardUnreachableError
+from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
 from ps_worker.client import describe
 from shardline.display import duration, size
@@ -70,6 +70,8 @@ def plain(message: Message) -> dict[str, object]:
         value: Any = getattr(message, field.name)
         if field.enum_type is not None:
             values[field.name] = _phase_name(value)
+        elif isinstance(value, Mapping):
+            values[field.name] = dict(value)
         elif field.is_repeated:
             values[field.name] = [_plain_item(item) for item in value]
         else:
@@ -88,10 +90,26 @@ def _phase_name(number: int) -> str:
 
 
 def picture(shards: Sequence[Shard]) -> Group:
-    """The answers for people: a row per shard, one per worker, then what is wrong."""
+    """The answers for people: a row per shard, one per worker, the samples, then what is wrong."""
     workers = _worker_table(shards)
-    problems = [Text(line, overflow="fold") for line in _problems(shards)]
-    return Group(_shard_table(shards), *([workers] if workers.row_count else []), *problems)
+    lines = [Text(line, overflow="fold") for line in (*_samples(shards), *_problems(shards))]
+    return Group(_shard_table(shards), *([workers] if workers.row_count else []), *lines)
+
+
+def _samples(shards: Sequence[Shard]) -> Iterator[str]:
+    """What has become of the samples, which the lead knows."""
+    for shard in shards:
+        if shard.answer is not None and shard.answer.HasField("ledger"):
+            ledger = shard.answer.ledger
+            counts = {
+                "applied": ledger.applied,
+                "in part": ledger.applied_in_part,
+                "with workers": ledger.granted,
+                "waiting": ledger.open,
+                "came back": ledger.returned,
+                "abandoned": ledger.abandoned,
+            }
+            yield "samples: " + ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
 def _problems(shards: Sequence[Shard]) -> Iterator[str]:
@@ -100,6 +118,9 @@ def _problems(shards: Sequence[Shard]) -> Iterator[str]:
             yield f"{shard.address}: {shard.error}"
         elif shard.answer is not None and shard.answer.reason:
             yield f"{shard.address}: {shard.answer.reason}"
+        for worker in shard.answer.workers if shard.answer else ():
+            if worker.verdict:
+                yield f"worker {worker.worker.rank} is a straggler: {worker.verdict}"
 
 
 def _table(*columns: str) -> Table:
@@ -138,7 +159,9 @@ def _shard_row(shard: Shard) -> list[str]:
 
 
 def _worker_table(shards: Sequence[Shard]) -> Table:
-    table = _table("worker", "state", "step", "behind", "pushed", "pushed/s", "pulled", "process")
+    table = _table(
+        "worker", "state", "step", "behind", "lag", "pushed", "pushed/s", "pulled", "process"
+    )
     by_rank: dict[int, list[shard_pb2.WorkerStatus]] = {}
     for shard in shards:
         for worker in shard.answer.workers if shard.answer else ():
@@ -155,6 +178,7 @@ def _worker_row(rank: int, seen: Sequence[shard_pb2.WorkerStatus]) -> list[str]:
         ", ".join(dict.fromkeys(worker.state for worker in seen)),
         f"{min(worker.clock for worker in seen):,}",
         f"{max(worker.staleness for worker in seen):,}",
+        f"{max(worker.lag_seconds for worker in seen):.3f} s",
         size(sum(worker.received_bytes for worker in seen)),
         size(sum(worker.received_bytes_per_second for worker in seen)),
         size(sum(worker.sent_bytes for worker in seen)),

@@ -1,7 +1,12 @@
-"""How a run ends: who is to blame, and who gets which signal when. No processes and no clock here.
+"""What follows when a process of a run ends: who is started again, who is to blame, and who gets
+which signal when. No processes and no clock here.
 
 - All workers end with 0: the shards end by themselves; after a while they are told to.
-- One process fails: the others get a moment to notice and to say so, then they are told to end.
+- A worker fails or is preempted: it is started again, as far as `Restarts` allows.
+- A shard fails, or a worker once too often: the others get a moment to notice and to say so, then
+  they are told to end.
+- The shards end with 0 while a worker is still there (it hung, and the others have finished without
+  it): the job is complete. Whatever such workers do is no failure; they are told to end.
 - Somebody interrupts the run: workers are told to end, then shards. A second time: all are killed.
 
 Whoever does not end when told is killed.
@@ -12,12 +17,18 @@ from dataclasses import dataclass, field
 from signal import SIGKILL, SIGTERM, Signals
 from typing import Final, Literal
 
+from shardline.restarts import PREEMPTED, Restarts
+
 Role = Literal["shard", "worker"]
+
+WRONG_USAGE: Final = 2
+"""A worker that ends with this would do so again."""
 
 NOTICE_SECONDS: Final = 5.0
 """How much longer than `reconnect_seconds` the others may take to notice a failure and end."""
 LONELY_SECONDS: Final = 1.0
-"""How long shards may take to end by themselves once all workers are gone after a failure."""
+"""How long shards may take to end by themselves once all workers are gone after a failure, and a
+worker that the others have finished without."""
 SPARE_SECONDS: Final = 3.0
 """How much longer than `drain_seconds`, the time for its open calls, a process may take to end."""
 REAP_SECONDS: Final = 5.0
@@ -47,7 +58,14 @@ class Exit:
     code: int
     told: bool
 
+    @property
+    def is_preemption(self) -> bool:
+        """Whether it is a worker that has left because its machine was wanted back."""
+        return self.code == PREEMPTED and self.process.role == "worker"
+
     def __str__(self) -> str:
+        if self.is_preemption:
+            return f"{self.process} was preempted"
         if self.code >= 0:
             return f"{self.process} ended with exit code {self.code}"
         return f"{self.process} was killed by {signal_name(-self.code)}"
@@ -59,6 +77,22 @@ class Order:
 
     signal: Signals
     processes: tuple[ProcessId, ...]
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start a worker that has ended again; `note` tells the user why."""
+
+    process: ProcessId
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A worker that is to be started again."""
+
+    until: float
     note: str
 
 
@@ -89,11 +123,16 @@ class Supervisor:
 
     processes: Collection[ProcessId]
     drain_seconds: float
+    restarts: Restarts
     reconnect_seconds: float = 0.0
-    exits: dict[ProcessId, Exit] = field(default_factory=dict)
-    failure: Exit | None = None  # the first process that failed
+    exits: dict[ProcessId, Exit] = field(default_factory=dict)  # of those that do not run now
+    failure: Exit | None = None  # the exit that ends the run
+    num_spent_restarts: int = 0  # in the window, when they ruled out another one
+    num_restarts: int = 0  # after failures
+    num_preemptions: int = 0
     interrupted: Signals | None = None
     finished: set[int] = field(default_factory=set)  # ranks that have written their last record
+    _waiting: dict[ProcessId, _Waiting] = field(default_factory=dict)
     _steps: list[_Step] = field(default_factory=list)
     _since: float = 0.0
     _addressed: frozenset[Role] = frozenset()
@@ -115,7 +154,7 @@ class Supervisor:
     def is_over(self, now: float) -> bool:
         """Whether there is nothing left to wait for."""
         gave_up = self._killed_at is not None and now - self._killed_at > REAP_SECONDS
-        return gave_up or not self.alive()
+        return gave_up or not (self.alive() or self._waiting)
 
     def exit_code(self) -> int:
         """What the command ends with: 0 done, 1 failed, 3 try again, 128 + signal interrupted."""
@@ -135,6 +174,7 @@ class Supervisor:
         if self.interrupted is not None:
             plan = [_Step(0, SIGKILL, _ALL)]
         self.interrupted = self.interrupted or signal
+        self._waiting.clear()
         self._begin(plan, now)
 
     def exited(self, process: ProcessId, code: int, now: float) -> None:
@@ -149,23 +189,59 @@ class Supervisor:
 
     def _judge(self, ended: Exit, now: float) -> None:
         """What an exit means while nothing has gone wrong yet."""
-        if ended.code != 0 and not ended.told:
-            self._fail(ended, now, self.notice_seconds)
+        has_finished = ended.process.role == "worker" and ended.process.index in self.finished
+        if ended.code != 0 and not ended.told and not (has_finished and ended.is_preemption):
+            self._answer(ended, has_finished, now)
         elif ended.process.role == "shard":
             self._early[ended.process] = now
-        elif not self.alive(_WORKERS):
+        elif not self.alive(_WORKERS) and not self._waiting:
             self._drain(now)
 
-    def due(self, now: float) -> list[Order]:
-        """The signals to send now."""
-        self._blame_early_shards(now)
-        orders = []
+    def _answer(self, ended: Exit, has_finished: bool, now: float) -> None:
+        """A process has failed, or a worker was preempted."""
+        self.num_preemptions += ended.is_preemption
+        if ended.process.role == "shard" or has_finished:
+            self._fail(ended, now, self.notice_seconds)
+        elif self._job_is_complete():
+            return
+        elif ended.code == WRONG_USAGE:
+            self._fail(ended, now, self.notice_seconds)
+        elif again := self.restarts.ended(ended.process.index, ended.code, now):
+            note = f"{ended}: starting it again ({again.why})"
+            self._waiting[ended.process] = _Waiting(now + again.delay_seconds, note)
+        else:
+            self.num_spent_restarts = self.restarts.num_recent(now)
+            self._fail(ended, now, self.notice_seconds)
+
+    def _job_is_complete(self) -> bool:
+        """All shards have ended well and some workers have finished, so nobody else is needed."""
+        shards = [each for each in self.processes if each.role == "shard"]
+        return bool(self.finished) and all(shard in self._early for shard in shards)
+
+    def due(self, now: float) -> list[Order | Start]:
+        """The signals to send now, and the workers to start."""
+        if self.failure is None and self.interrupted is None:
+            self._blame_early_shards(now)
+            self._dismiss_leftovers(now)
+        orders: list[Order | Start] = [*self._starts(now)]
         while self._steps and self._is_due(self._steps[0], now):
             step = self._steps.pop(0)
             self._since, self._addressed = now, self._addressed | step.roles
             if targets := self.alive(step.roles):
                 orders.append(self._order(step, targets, now))
         return orders
+
+    def _starts(self, now: float) -> list[Start]:
+        """Nobody is started once a shard has gone: the job is complete, or the shard is blamed."""
+        if self._early:
+            return []
+        ready = [process for process, each in self._waiting.items() if each.until <= now]
+        return [self._start(process, now) for process in ready]
+
+    def _start(self, process: ProcessId, now: float) -> Start:
+        self.num_restarts += not self.exits.pop(process).is_preemption
+        self.restarts.started(process.index, now)
+        return Start(process, self._waiting.pop(process).note)
 
     def _order(self, step: _Step, targets: tuple[ProcessId, ...], now: float) -> Order:
         self._told.update(targets)
@@ -185,6 +261,7 @@ class Supervisor:
 
     def _fail(self, ended: Exit, now: float, wait_seconds: float) -> None:
         self.failure = ended
+        self._waiting.clear()
         told = f"still there {self.notice_seconds:g} s after {ended}"
         self._begin([_Step(wait_seconds, SIGTERM, _ALL, told), self._kill()], now)
 
@@ -199,12 +276,25 @@ class Supervisor:
         wait = self.drain_seconds + SPARE_SECONDS
         return _Step(wait, SIGKILL, _ALL, f"did not end within {wait:g} s")
 
+    def _unfinished(self) -> list[ProcessId]:
+        """Workers that run, or will, and have not written their last record."""
+        workers = (*self.alive(_WORKERS), *self._waiting)
+        return [each for each in workers if each.index not in self.finished]
+
     def _blame_early_shards(self, now: float) -> None:
         """A shard ends with 0 once all workers have left it, which their last records confirm."""
-        if self.failure is not None or self.interrupted is not None:
-            return
-        if not any(each.index not in self.finished for each in self.alive(_WORKERS)):
+        if self._job_is_complete() or not self._unfinished():
             return
         for process, since in self._early.items():
             if now - since >= self.notice_seconds:
                 return self._fail(self.exits[process], now, 0)
+
+    def _dismiss_leftovers(self, now: float) -> None:
+        """The others have ended, and so have the shards: nobody needs who is left."""
+        if not self._job_is_complete():
+            return
+        self._waiting.clear()
+        left = self.alive()
+        if left and len(left) == len(self._unfinished()) and not (self._steps or self._told):
+            why = "still there, although the job is complete"
+            self._begin([_Step(LONELY_SECONDS, SIGTERM, _WORKERS, why), self._kill()], now)

@@ -1,4 +1,4 @@
-"""Real shard and worker processes for tests, started once; many jobs run in them.
+"""Real shard and worker processes for tests, started once for all; many jobs run in them.
 
     with Cluster(num_shards=2, num_workers=2) as cluster:
         results = cluster.run(case, num_steps=20)  # one per worker
@@ -9,6 +9,8 @@ arguments are what JSON can hold, and it returns what `tests.host` can send back
 
 from __future__ import annotations
 
+import atexit
+import functools
 import itertools
 import json
 import os
@@ -133,153 +135,50 @@ class _Host:
                 pipe.close()
 
 
-class Cluster:
-    """`num_shards` shards and `num_workers` workers; a job may use fewer of them.
+class _Hosts:
+    """The processes of all clusters, by name. What goes wrong ends them all."""
 
-    A job that goes wrong ends all processes, and the next job starts new ones.
-    """
-
-    def __init__(self, num_shards: int, num_workers: int) -> None:
-        self._num_shards, self._num_workers = num_shards, num_workers
+    def __init__(self) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="cluster-")
+        self._folder = Path(self._temporary.name)
         self._hosts: dict[str, _Host] = {}
         self._inbox: Inbox = queue.SimpleQueue()
         self._job_numbers = itertools.count()
+        atexit.register(self.close)
 
-    def __enter__(self) -> Cluster:
-        self._temporary = tempfile.TemporaryDirectory(prefix="cluster-")
-        self._folder = Path(self._temporary.name)
-        try:
-            self._start_hosts()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._end_hosts()
+    def close(self) -> None:
+        """End all processes, and remove their files."""
+        self.end()
         self._temporary.cleanup()
 
-    # -- Jobs --------------------------------------------------------------------------------------
-
-    def run(
-        self,
-        case: Case,
-        *,
-        num_shards: int | None = None,
-        num_workers: int | None = None,
-        environ: Mapping[str, str] = NOTHING,
-        **arguments: Any,  # noqa: ANN401 - JSON
-    ) -> list[Result]:
-        """Run a job that ends well; what the case returned on each worker, by rank."""
-        answers = self._run(case, num_shards, num_workers, environ, arguments)
-        failures = [f"{n}: {a['traceback']}" for n, a in answers.items() if a["event"] != "done"]
-        if failures:
-            raise self._broken(f"{_name(case)} failed\n" + "\n".join(failures))
-        workers = [name for name in answers if name.startswith("worker")]
-        return [Result(answers[n]["values"], load_file(self._result_file(n))) for n in workers]
-
-    def run_failing(
-        self,
-        case: Case,
-        *,
-        num_shards: int | None = None,
-        num_workers: int | None = None,
-        environ: Mapping[str, str] = NOTHING,
-        **arguments: Any,  # noqa: ANN401 - JSON
-    ) -> list[str]:
-        """Run a job that fails on every worker and every shard; each worker's error, by rank."""
-        answers = self._run(case, num_shards, num_workers, environ, arguments)
-        well = [name for name, answer in answers.items() if answer["event"] == "done"]
-        if well:
-            raise self._broken(f"{_name(case)} should fail, but {', '.join(well)} ended well")
-        return [answer["error"] for name, answer in answers.items() if name.startswith("worker")]
-
-    def _run(
-        self,
-        case: Case,
-        num_shards: int | None,
-        num_workers: int | None,
-        environ: Mapping[str, str],
-        arguments: Mapping[str, Any],
-    ) -> dict[str, Message]:
-        """The last answer of every process of the job: shards first, then workers, in order."""
+    def start(self, names: Sequence[str]) -> None:
+        """Start those of the processes that do not run, and wait until all are up."""
         if not self._hosts:
-            self._start_hosts()
-        shards = self._names("shard", num_shards or self._num_shards)
-        workers = self._names("worker", num_workers or self._num_workers)
-        common = self._serve(shards, len(workers), environ)
-        for rank, name in enumerate(workers):
-            command = {
-                "role": "worker",
-                "case": _name(case),
-                "arguments": arguments,
-                "environ": {**common, "SHARDLINE_CLUSTER_RANK": str(rank)},
-                "tensors": str(self._result_file(name)),
-            }
-            self._hosts[name].send(command)
-        answers = self._collect([*shards, *workers], JOB_SECONDS, f"to finish {_name(case)}")
-        return {name: answers[name] for name in [*shards, *workers]}
-
-    def _serve(
-        self, shards: Sequence[str], num_workers: int, environ: Mapping[str, str]
-    ) -> dict[str, str]:
-        """Start the shards of a new job; the configuration that all its processes share."""
-        for _ in range(3):
-            ports = free_ports(len(shards))
-            common = {
-                **DEFAULTS,
-                "SHARDLINE_JOB_ID": f"job-{next(self._job_numbers)}",
-                "SHARDLINE_CLUSTER_SHARDS": ",".join(f"127.0.0.1:{port}" for port in ports),
-                "SHARDLINE_CLUSTER_NUM_WORKERS": str(num_workers),
-                **environ,
-            }
-            # The lead first: a shard that calls before it listens waits a second to call again.
-            if self._announced(shards[:1], common) and self._announced(shards[1:], common):
-                return common
-            self._end_hosts()
-            self._start_hosts()
-        raise self._broken("others took the ports of three jobs in a row")
-
-    def _announced(self, shards: Sequence[str], common: Mapping[str, str]) -> bool:
-        """Start shards; False: somebody took a port between its choice and its use."""
-        for name in shards:
-            environ = {**common, "SHARDLINE_SERVER_INDEX": name.partition("-")[2]}
-            self._hosts[name].send({"role": "shard", "environ": environ})
-        answers = self._collect(shards, JOB_SECONDS, "to take calls")
-        failures = [a["error"] for a in answers.values() if a["event"] != "announced"]
-        if any("cannot listen" not in failure for failure in failures):
-            raise self._broken(f"a shard did not start: {failures}")
-        return not failures
-
-    def _result_file(self, worker: str) -> Path:
-        return self._folder / f"{worker}.safetensors"
-
-    # -- Processes ---------------------------------------------------------------------------------
-
-    def _names(self, role: str, count: int) -> list[str]:
-        return [f"{role}-{index}" for index in range(count)]
-
-    def _start_hosts(self) -> None:
-        self._inbox = queue.SimpleQueue()
-        names = [
-            *self._names("shard", self._num_shards),
-            *self._names("worker", self._num_workers),
-        ]
-        for name in names:
+            self._inbox = queue.SimpleQueue()
+        missing = [name for name in names if name not in self._hosts]
+        for name in missing:
             self._hosts[name] = _Host(name, self._folder, self._inbox)
-        self._collect(names, START_SECONDS, "to start")
+        self.collect(missing, START_SECONDS, "to start")
 
-    def _end_hosts(self) -> None:
+    def end(self) -> None:
+        """End all processes."""
         for host in self._hosts.values():
             host.end()
         self._hosts = {}
 
-    def _collect(self, names: Sequence[str], seconds: float, what: str) -> dict[str, Message]:
+    def next_job(self) -> str:
+        """A name that no job has had."""
+        return f"job-{next(self._job_numbers)}"
+
+    def send(self, name: str, command: Message) -> None:
+        """Give a process a command."""
+        self._hosts[name].send(command)
+
+    def result_file(self, worker: str) -> Path:
+        """Where a worker leaves its tensors."""
+        return self._folder / f"{worker}.safetensors"
+
+    def collect(self, names: Sequence[str], seconds: float, what: str) -> dict[str, Message]:
         """One answer of each of these processes, which have `seconds` for it together."""
         deadline = time.monotonic() + seconds
         answers: dict[str, Message] = {}
@@ -292,17 +191,175 @@ class Cluster:
                 time.sleep(0.5)  # the best that can be done: nothing tells that they are written
                 said = "\n".join(f"{name} said {answers[name]}" for name in answers)
                 late = f"{sorted(missing)} took over {seconds} s {what}"
-                raise self._broken(f"{late}\n{said}") from None
+                raise self.broken(f"{late}\n{said}") from None
             if answer is None or name not in missing:
-                raise self._broken(f"waited for {sorted(missing)} {what}; {name} said {answer}")
+                raise self.broken(f"waited for {sorted(missing)} {what}; {name} said {answer}")
             answers[name] = answer
         return answers
 
-    def _broken(self, what: str) -> ClusterError:
+    def broken(self, what: str) -> ClusterError:
         """The error to raise: tells all that is known, and all processes are ended."""
         tails = [f"-- stderr of {host}\n{host.tail()}" for host in self._hosts.values()]
-        self._end_hosts()
+        self.end()
         return ClusterError("\n".join([what, *tails]))
+
+
+@functools.cache
+def _hosts() -> _Hosts:
+    """Those of this test run: starting them takes longer than most tests."""
+    return _Hosts()
+
+
+class Cluster:
+    """`num_shards` shards and `num_workers` workers, unless a job says otherwise.
+
+    All clusters use the same processes, one job at a time. A job that goes wrong ends them, and the
+    next one starts new ones.
+    """
+
+    def __init__(self, num_shards: int, num_workers: int) -> None:
+        self._num_shards, self._num_workers = num_shards, num_workers
+        self._hosts = _hosts()
+
+    def __enter__(self) -> Cluster:
+        names = [*_names("shard", self._num_shards), *_names("worker", self._num_workers)]
+        self._hosts.start(names)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """The processes are there for the next cluster."""
+
+    # -- Jobs --------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        case: Case,
+        *,
+        num_shards: int | None = None,
+        num_workers: int | None = None,
+        num_joiners: int = 0,
+        environ: Mapping[str, str] = NOTHING,
+        **arguments: Any,  # noqa: ANN401 - JSON
+    ) -> list[Result]:
+        """Run a job that ends well; what the case returned on each worker, by rank. The last
+        `num_joiners` of them are not waited for at the start.
+        """
+        answers = self._run(case, num_shards, num_workers, num_joiners, environ, arguments)
+        failures = [f"{n}: {a['traceback']}" for n, a in answers.items() if a["event"] != "done"]
+        if failures:
+            raise self._hosts.broken(f"{_name(case)} failed\n" + "\n".join(failures))
+        workers = [name for name in answers if name.startswith("worker")]
+        return [self._result(name, answers[name]) for name in workers]
+
+    def run_failing(
+        self,
+        case: Case,
+        *,
+        num_shards: int | None = None,
+        num_workers: int | None = None,
+        environ: Mapping[str, str] = NOTHING,
+        **arguments: Any,  # noqa: ANN401 - JSON
+    ) -> list[str]:
+        """Run a job that fails on every worker and every shard; each worker's error, by rank."""
+        answers = self._run(case, num_shards, num_workers, 0, environ, arguments)
+        well = [name for name, answer in answers.items() if answer["event"] == "done"]
+        if well:
+            raise self._hosts.broken(f"{_name(case)} should fail, but {', '.join(well)} ended well")
+        return [answer["error"] for name, answer in answers.items() if name.startswith("worker")]
+
+    def run_losing(
+        self,
+        case: Case,
+        *,
+        num_shards: int | None = None,
+        num_workers: int | None = None,
+        environ: Mapping[str, str] = NOTHING,
+        **arguments: Any,  # noqa: ANN401 - JSON
+    ) -> list[Result | str]:
+        """Run a job that ends well, although some of its workers may not: what the case returned,
+        or the worker's error, by rank.
+        """
+        answers = self._run(case, num_shards, num_workers, 0, environ, arguments)
+        shards = [answer for name, answer in answers.items() if name.startswith("shard")]
+        if any(answer["event"] != "done" for answer in shards):
+            raise self._hosts.broken(f"{_name(case)} should end well: {answers}")
+        return [
+            self._result(name, answer) if answer["event"] == "done" else answer["error"]
+            for name, answer in answers.items()
+            if name.startswith("worker")
+        ]
+
+    def _result(self, worker: str, answer: Message) -> Result:
+        return Result(answer["values"], load_file(self._hosts.result_file(worker)))
+
+    def _run(
+        self,
+        case: Case,
+        num_shards: int | None,
+        num_workers: int | None,
+        num_joiners: int,
+        environ: Mapping[str, str],
+        arguments: Mapping[str, Any],
+    ) -> dict[str, Message]:
+        """The last answer of every process of the job: shards first, then workers, in order."""
+        shards = _names("shard", num_shards or self._num_shards)
+        workers = _names("worker", num_workers or self._num_workers)
+        self._hosts.start([*shards, *workers])
+        numbers = {
+            "SHARDLINE_CLUSTER_NUM_WORKERS": str(len(workers) - num_joiners),
+            "SHARDLINE_CLUSTER_MAX_WORKERS": str(len(workers)),
+        }
+        common = self._serve(shards, workers, {**numbers, **environ})
+        for rank, name in enumerate(workers):
+            command = {
+                "role": "worker",
+                "case": _name(case),
+                "arguments": arguments,
+                "environ": {**common, "SHARDLINE_CLUSTER_RANK": str(rank)},
+                "tensors": str(self._hosts.result_file(name)),
+            }
+            self._hosts.send(name, command)
+        answers = self._hosts.collect([*shards, *workers], JOB_SECONDS, f"to finish {_name(case)}")
+        return {name: answers[name] for name in [*shards, *workers]}
+
+    def _serve(
+        self, shards: Sequence[str], workers: Sequence[str], environ: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Start the shards of a new job; the configuration that all its processes share."""
+        for _ in range(3):
+            ports = free_ports(len(shards))
+            common = {
+                **DEFAULTS,
+                "SHARDLINE_JOB_ID": self._hosts.next_job(),
+                "SHARDLINE_CLUSTER_SHARDS": ",".join(f"127.0.0.1:{port}" for port in ports),
+                **environ,
+            }
+            # The lead first: a shard that calls before it listens waits a second to call again.
+            if self._announced(shards[:1], common) and self._announced(shards[1:], common):
+                return common
+            self._hosts.end()
+            self._hosts.start([*shards, *workers])
+        raise self._hosts.broken("others took the ports of three jobs in a row")
+
+    def _announced(self, shards: Sequence[str], common: Mapping[str, str]) -> bool:
+        """Start shards; False: somebody took a port between its choice and its use."""
+        for name in shards:
+            environ = {**common, "SHARDLINE_SERVER_INDEX": name.partition("-")[2]}
+            self._hosts.send(name, {"role": "shard", "environ": environ})
+        answers = self._hosts.collect(shards, JOB_SECONDS, "to take calls")
+        failures = [a["error"] for a in answers.values() if a["event"] != "announced"]
+        if any("cannot listen" not in failure for failure in failures):
+            raise self._hosts.broken(f"a shard did not start: {failures}")
+        return not failures
+
+
+def _names(role: str, count: int) -> list[str]:
+    return [f"{role}-{index}" for index in range(count)]
 
 
 def _name(case: Case) -> str:

@@ -16,7 +16,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,6 +24,7 @@ from types import TracebackType
 from typing import Final
 
 from ps_core.config import inherited_environment
+from tests.zygote import zygote
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS: Final = 100.0
@@ -145,21 +145,13 @@ def environment(settings: Mapping[str, object]) -> dict[str, str]:
 class Process:
     """A process and the lines it has written so far."""
 
-    def __init__(self, name: str, command: list[str], settings: Mapping[str, object]) -> None:
+    def __init__(self, name: str, arguments: Sequence[str], settings: Mapping[str, object]) -> None:
+        """Start Python with these arguments."""
         self.name = name
         self._lines: list[str] = []
         self._ended = False
         self._changed = threading.Condition()
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(settings),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
+        self._process = zygote().fork(arguments, environment(settings))
         self._reader = threading.Thread(target=self._read, name=f"reader of {name}", daemon=True)
         self._reader.start()
 
@@ -213,7 +205,6 @@ class Process:
         if self.is_running:
             self._process.kill()
         self.wait()
-        assert self._process.stdout is not None
         self._process.stdout.close()
 
     def peak_memory_bytes(self) -> int:
@@ -227,7 +218,6 @@ class Process:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
         for line in self._process.stdout:
             with self._changed:
                 self._lines.append(line.rstrip("\n"))
@@ -279,7 +269,7 @@ class Fleet:
     ) -> Process:
         """Start Python with these arguments."""
         own = {**self.settings, **settings}
-        process = Process(name, [sys.executable, *arguments], own)
+        process = Process(name, arguments, own)
         self._processes.append(process)
         return process
 

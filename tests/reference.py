@@ -125,6 +125,42 @@ def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor
     return total.to(tensors[0].dtype)
 
 
+class DiLoCo:
+    """Local steps and averages of all workers in one loop, as in the paper (Douillard et al. 2023,
+    algorithm 1, with the outer SGD's Nesterov momentum as torch defines it).
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        inners: Sequence[torch.optim.Optimizer],
+        *,
+        lr: float,
+        momentum: float,
+    ) -> None:
+        self.models, self.inners = models, inners
+        self.lr, self.momentum = lr, momentum
+        self.held = [p.detach().clone() for p in models[0].parameters()]
+        self.velocity = [torch.zeros_like(value) for value in self.held]
+
+    def round(self, batches: Sequence[Sequence[Batch]]) -> None:
+        """One average, after a step with each of these batches of each worker."""
+        changes = []
+        for model, inner, own in zip(self.models, self.inners, batches, strict=True):
+            train(model, inner, own)
+            pairs = zip(self.held, model.parameters(), strict=True)
+            changes.append([held - p.detach() for held, p in pairs])
+        weights = [sum(len(x) for x, _ in own) for own in batches]
+        for number, each in enumerate(zip(*changes, strict=True)):
+            mean = weighted_mean(each, [weight / sum(weights) for weight in weights])
+            velocity = self.momentum * self.velocity[number] + mean
+            self.velocity[number] = velocity
+            self.held[number] = self.held[number] - self.lr * (mean + self.momentum * velocity)
+        for model in self.models:
+            for p, held in zip(model.parameters(), self.held, strict=True):
+                p.data.copy_(held)
+
+
 def assert_close(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float, case: str = ""
 ) -> None:

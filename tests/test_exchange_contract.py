@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from ps_core.buckets import Bucket, make_buckets
-from ps_core.exchange import Outcome, Purpose, Start
+from ps_core.exchange import Arrival, Farewell, Grant, Outcome, Purpose, Start, Work
+from ps_core.leases import PassSpec
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.optimizer import JobExchange
 from ps_core.plan import ParameterSpec, make_plan
+from ps_core.v1 import shard_pb2
+from ps_worker.inbox import Inbox
 from shardline.session import Session
 from tests.cluster import TEST_SECONDS, Cluster, one_thread, run_alone
 from tests.host import Case, Result
@@ -75,20 +78,28 @@ class Worker:
     buckets: Sequence[Bucket]
     start: Start
 
-    def share(self, step: int) -> tuple[Tensor, Tensor]:
-        """This worker's rows of the step's batch."""
+    def share(self, step: int, parts: int = 0) -> tuple[Tensor, Tensor]:
+        """This worker's rows of the step's batch, which is cut into as many parts as there are
+        workers.
+        """
         x, y = samples(BATCH_SIZE, step)
-        size, rank = self.session.world_size, self.session.rank
+        size, rank = parts or self.session.world_size, self.session.rank
         return x.tensor_split(size)[rank], y.tensor_split(size)[rank]
 
     def step(
-        self, step: int, *, abstains: bool = False, rate: float = 1.0
+        self,
+        step: int,
+        *,
+        abstains: bool = False,
+        rate: float = 1.0,
+        leases: Sequence[int] = (),
+        parts: int = 0,
     ) -> tuple[Outcome, float]:
         """One step by hand, its buckets in an order of its own; the outcome and the loss."""
-        x, y = self.share(step)
+        x, y = self.share(step, parts)
         loss = loss_of(self.model, (x, y))
         groups = [{**group, "lr": rate * float(group["lr"])} for group in map(_plain, GROUPS)]
-        self.exchange.begin(step, 0 if abstains else len(x), groups)
+        self.exchange.begin(step, Work(0 if abstains else len(x), tuple(leases)), groups)
         if not abstains:
             self.model.zero_grad()
             loss.backward()
@@ -100,6 +111,11 @@ class Worker:
     def parameters(self, when: str = "") -> dict[str, Tensor]:
         """Copies, by name."""
         return {when + name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+
+def stepped(step: int, *, applied: bool = True) -> Outcome:
+    """What a step comes to in lockstep."""
+    return Outcome(next_step=step + 1, version=step + 1, applied=applied, staleness=0)
 
 
 def _plain(group: Hyperparameters) -> dict[str, Any]:
@@ -150,10 +166,9 @@ def train_by_hand(session: Session, *, dtype: str, max_grad_norm: float | None) 
     losses = []
     for step in range(8):
         outcome, loss = worker.step(step, rate=1 / (1 + step))
-        assert outcome == Outcome(version=step + 1, applied=True, staleness=0)
-        losses.append(
-            session.exchange.meet(Purpose.MEAN, step + 1, [loss], len(worker.share(0)[0]))
-        )
+        assert outcome == stepped(step)
+        weight = len(worker.share(0)[0])
+        losses.append(session.exchange.meet(Arrival(Purpose.MEAN, step + 1, (loss,), weight)))
     means = torch.tensor([meeting.means[0] for meeting in losses], dtype=torch.float64)
     return {**worker.parameters(), "losses": means}
 
@@ -176,12 +191,12 @@ def abstain_together(session: Session) -> Returned:
     worker.step(0)
     before = worker.parameters("before ")
     outcome, _ = worker.step(1, abstains=True)
-    assert outcome == Outcome(version=2, applied=False, staleness=0)
+    assert outcome == stepped(1, applied=False)
     between = worker.parameters("between ")
     for name, tensor in worker.parameters().items():
         assert torch.equal(tensor, before[f"before {name}"])
     outcome, _ = worker.step(2)
-    assert outcome == Outcome(version=3, applied=True, staleness=0)
+    assert outcome == stepped(2)
     return {**before, **between, **worker.parameters()}
 
 
@@ -196,7 +211,7 @@ def leave_out(session: Session, *, which: int) -> Returned:
     is_alone = session.world_size == 1
     if is_alone:
         model, share = worker.model, [t.tensor_split(2)[1 - which] for t in samples(BATCH_SIZE, 1)]
-        session.exchange.begin(1, len(share[0]), GROUPS)
+        session.exchange.begin(1, Work(len(share[0])), GROUPS)
         model.zero_grad()
         loss_of(model, (share[0], share[1])).backward()
         for bucket in worker.buckets:
@@ -205,7 +220,7 @@ def leave_out(session: Session, *, which: int) -> Returned:
         session.exchange.settle(1)
     else:
         outcome, _ = worker.step(1, abstains=session.rank == which)
-        assert outcome == Outcome(version=2, applied=session.rank != which, staleness=0)
+        assert outcome == stepped(1, applied=session.rank != which)
     worker.step(2)
     return worker.parameters()
 
@@ -221,18 +236,18 @@ def rest(session: Session, *, which: int) -> Returned:
     worker.step(0)
     rests = session.world_size > 1 and session.rank == which
     if rests:
-        session.exchange.idle(1)
-        meeting = session.exchange.meet(Purpose.EPOCH, 1, [1.0, 2.0], weight=1.0)
+        session.exchange.idle()
+        meeting = session.exchange.meet(Arrival(Purpose.EPOCH, 1, (1.0, 2.0), weight=1.0))
     else:
         for step in (1, 2):
-            worker.exchange.begin(step, 1, GROUPS)
+            worker.exchange.begin(step, Work(1), GROUPS)
             worker.model.zero_grad()
             loss_of(worker.model, samples(5, step)).backward()
             for bucket in worker.buckets:
                 bucket.collect()
                 session.exchange.submit(bucket, step)
             session.exchange.settle(step)
-        meeting = session.exchange.meet(Purpose.EPOCH, 3, [5.0, 2.0], weight=3.0)
+        meeting = session.exchange.meet(Arrival(Purpose.EPOCH, 3, (5.0, 2.0), weight=3.0))
     assert meeting.step == 3
     assert meeting.chosen == (session.rank == 0)
     alone = session.world_size == 1
@@ -252,7 +267,7 @@ def exchange_state(session: Session) -> Returned:
     for step in range(3):
         worker.step(step)
     state = session.exchange.read_state()
-    session.exchange.meet(Purpose.MEAN, 3)  # all have read
+    session.exchange.meet(Arrival(Purpose.MEAN, 3))  # all have read
     # The state of every second parameter is replaced, and that of the others forgotten.
     other = {
         index: {
@@ -263,9 +278,9 @@ def exchange_state(session: Session) -> Returned:
         if index % 2
     }
     session.exchange.write_state(other)
-    session.exchange.meet(Purpose.LOAD, 3)
+    session.exchange.meet(Arrival(Purpose.LOAD, 3))
     written = session.exchange.read_state()
-    session.exchange.meet(Purpose.MEAN, 3)
+    session.exchange.meet(Arrival(Purpose.MEAN, 3))
     worker.step(3)
     return {**worker.parameters(), **_flat("read", state), **_flat("written", written)}
 
@@ -302,8 +317,85 @@ def test_traffic_is_counted_in_bytes_of_gradients_and_parameters(
     run: Run, request: pytest.FixtureRequest
 ) -> None:
     is_local = request.node.callspec.params["run"] == "local"
-    for result in run(count_traffic):
-        assert result.values == {"pushed": 0 if is_local else 2, "pulled": 0 if is_local else 3}
+    for rank, result in enumerate(run(count_traffic)):
+        pulled = 3 + (rank > 0)  # all but the first are sent the initial values
+        assert result.values == {
+            "pushed": 0 if is_local else 2,
+            "pulled": 0 if is_local else pulled,
+        }
+
+
+# -- Samples ---------------------------------------------------------------------------------------
+
+NUM_POSITIONS = 11
+PASS = PassSpec(NUM_POSITIONS, batch_size=2)
+
+
+def read_passes(session: Session, *, declines: bool) -> Returned:
+    """A step with every lease of two passes, but the first of each is given back, or declined."""
+    worker, exchange = enter(session), session.exchange
+    used: list[list[int]] = []
+    step = 0
+    for number in range(2):
+        grant = _ask(session)
+        assert grant.number == number
+        exchange.return_leases([lease.id for lease in grant.leases], declined=declines)
+        grant = _ask(session)
+        is_over = False
+        while not is_over:
+            while grant.leases:
+                used += [[number, lease.start, lease.length] for lease in grant.leases]
+                outcome, _ = worker.step(step, leases=[lease.id for lease in grant.leases])
+                step = outcome.next_step
+                grant = _ask(session)
+            meeting = exchange.meet(Arrival(Purpose.EPOCH, step, takes_leases=True))
+            step, is_over = meeting.step, meeting.grant is None
+            grant = meeting.grant or grant
+    return {"used": used, "step": step}
+
+
+def _ask(session: Session) -> Grant:
+    session.exchange.request_lease(3, PASS)
+    return session.exchange.receive_lease()
+
+
+@pytest.mark.parametrize("declines", [False, True])
+def test_every_position_of_a_pass_is_granted_until_a_step_has_used_it(
+    run: Run, declines: bool
+) -> None:
+    results = run(read_passes, declines=declines)
+    for number in range(2):
+        positions = [
+            position
+            for result in results
+            for of, start, length in result.values["used"]
+            for position in range(start, start + length)
+            if of == number
+        ]
+        assert sorted(positions) == list(range(NUM_POSITIONS))
+    assert len({result.values["step"] for result in results}) == 1
+
+
+def leave_a_pass(session: Session) -> Returned:
+    """All break out of a pass with a lease of it: there is another one then."""
+    enter(session)
+    numbers = []
+    for _ in range(3):
+        grant = _ask(session)
+        numbers.append(grant.number)
+        assert grant.leases
+        session.exchange.idle()
+        assert session.exchange.meet(Arrival(Purpose.EPOCH, 0)).grant is None
+    session.exchange.return_leases([lease.id for lease in grant.leases])  # it is void
+    return {"numbers": numbers}
+
+
+def test_a_pass_ends_when_all_have_left_it(run: Run) -> None:
+    for result in run(leave_a_pass):
+        assert result.values == {"numbers": [0, 1, 2]}
+
+
+# -- The end ---------------------------------------------------------------------------------------
 
 
 def close_again(session: Session, *, joined: bool) -> Returned:
@@ -329,8 +421,8 @@ def close_with_failure(session: Session) -> Returned:
     worker = enter(session)
     worker.step(0)
     if session.rank == 1:
-        session.exchange.close("the disk is full")
-        session.exchange.close("another reason")
+        session.exchange.close(Farewell.FATAL, "the disk is full")
+        session.exchange.close(Farewell.FATAL, "another reason")
         raise RuntimeError("the script ends")
     worker.step(1)
     return {}
@@ -342,9 +434,33 @@ def test_a_failure_is_what_all_others_fail_with(cluster: Cluster) -> None:
     assert own == "RuntimeError: the script ends"
 
 
+def leave_early(session: Session, *, farewell: int) -> Returned:
+    """Worker 1 leaves after the first step; the other goes on with only its own samples."""
+    worker = enter(session)
+    worker.step(0)
+    if session.rank == 1:
+        session.exchange.close(Farewell(farewell), "the machine is wanted back")
+    elif session.world_size > 1:
+        for step in (1, 2):
+            worker.step(step)
+    else:
+        for step in (1, 2):
+            worker.step(step, parts=2)
+    return worker.parameters() if session.rank == 0 else {}
+
+
+@pytest.mark.parametrize(
+    "farewell", [Farewell.FINISHED, Farewell.PREEMPTED, Farewell.FAILED], ids=lambda f: f.name
+)
+def test_who_leaves_is_not_waited_for(cluster: Cluster, farewell: Farewell) -> None:
+    environ = {**JOB_SEED, **BUCKETS}
+    first, _ = cluster.run(leave_early, num_shards=2, environ=environ, farewell=farewell)
+    assert_like_local([first], local(leave_early, farewell=farewell))
+
+
 def meet_for_different_purposes(session: Session) -> Returned:
     enter(session)
-    session.exchange.meet(Purpose.EPOCH if session.rank else Purpose.MEAN, 0)
+    session.exchange.meet(Arrival(Purpose.EPOCH if session.rank else Purpose.MEAN, 0))
     return {}
 
 
@@ -352,3 +468,15 @@ def test_workers_that_meet_for_different_purposes_are_told_both(cluster: Cluster
     for error in cluster.run_failing(meet_for_different_purposes, num_shards=2):
         assert "'mean'" in error
         assert "'epoch'" in error
+
+
+def test_a_repeat_does_not_keep_a_meeting_from_its_parts() -> None:
+    inbox = Inbox()
+    inbox.expect(range(2), 42, meets=True)
+    for part, mark in ((0, 42), (0, 44), (1, 44)):  # the first is of a push that came too late
+        assert inbox.wants(part, mark)
+        inbox.arrived(part, mark)
+    assert not inbox.wants(0, 43)
+    inbox.met(shard_pb2.Met(step=44, refreshed=True))
+    assert inbox.wait_for_parts() == 44
+    assert not inbox.wants(0, 45)  # the model computes with what is there

@@ -140,18 +140,28 @@ def test_training_goes_on_when_the_connection_between_shards_breaks(lone_worker:
 # -- Death -----------------------------------------------------------------------------------------
 
 
-def test_a_worker_killed_in_the_middle_of_a_step_ends_all_others_with_its_name(
+def test_a_worker_killed_in_the_middle_of_a_step_is_evicted_by_name_and_the_others_go_on(
     fleet: Fleet,
 ) -> None:
-    shards, workers = start(fleet, TRAIN_ON, STALL)
+    shards, workers = start(fleet, "for _ in range(300): step()", STALL)
     workers[0].wait_for("^step 5$")
     workers[1].wait_for("^stalled$")
     workers[1].send(SIGKILL)
-    assert workers[0].wait() == 1
-    reason = rf"worker 1 \(pid {workers[1].pid} on .+\) died: its stream to shard [01] closed"
-    assert re.fullmatch(f"shardline: {reason}", last_line(workers[0]))
+    assert [process.wait() for process in (workers[0], *shards)] == [0, 0, 0]
+    assert "step 300" in workers[0].output
+    died = rf"worker 1 \(pid {workers[1].pid} on .+\) died: its stream to shard [01] closed"
+    reasons = {re.findall(f"worker 1 is evicted: ({died})", shard.output)[0] for shard in shards}
+    assert len(reasons) == 1
+
+
+def test_a_job_whose_last_worker_dies_waits_for_another_and_then_fails(lone_worker: Fleet) -> None:
+    lone_worker.settings["membership.pause_timeout_seconds"] = 1
+    shards, [worker] = start(lone_worker, TRAIN_ON)
+    worker.wait_for("^step 5$")
+    worker.send(SIGKILL)
     assert [shard.wait() for shard in shards] == [1, 1]
-    assert len({re.findall(reason, last_line(shard))[0] for shard in shards}) == 1
+    for shard in shards:
+        assert "paused for 1 s with 0 workers, and at least 1 are wanted" in last_line(shard)
 
 
 @pytest.mark.parametrize(("index", "num_workers"), [(0, 1), (1, 2)])
@@ -218,15 +228,26 @@ def test_a_stopped_shard_ends_well_and_the_others_say_who_was_stopped(
 # -- Mistakes of a script --------------------------------------------------------------------------
 
 
-def test_an_exception_in_one_script_ends_all_others_with_its_text(fleet: Fleet) -> None:
+def test_an_exception_in_one_script_is_told_to_the_shards_and_the_others_go_on(
+    fleet: Fleet,
+) -> None:
     mistake = "for _ in range(5): step()\nraise ValueError('no such image\\n' + 10**5 * '.')"
-    shards, workers = start(fleet, TRAIN_ON, mistake)
-    reason = "worker 1 failed: ValueError: no such image"
-    assert [worker.wait() for worker in workers] == [1, 1]
+    shards, workers = start(fleet, "for _ in range(300): step()", mistake)
+    assert [process.wait() for process in (*workers, *shards)] == [0, 1, 0, 0]
     assert "\nValueError: no such image\n" in workers[1].output
-    assert f"shardline: {reason}\n" in workers[0].output
+    assert "step 300" in workers[0].output
+    for shard in shards:
+        assert "WARNING worker 1 is evicted: ValueError: no such image\n" in shard.output
+
+
+def test_what_any_other_process_would_meet_as_well_ends_all_with_its_text(fleet: Fleet) -> None:
+    mistake = "for _ in range(5): step()\nmodel.weight.data.fill_(0)\nstep()"
+    shards, workers = start(fleet, TRAIN_ON, mistake)
+    reason = "worker 1 failed: UsageError: parameter weight was changed between steps"
+    assert [worker.wait() for worker in workers] == [1, 2]
+    assert f"shardline: {reason}" in workers[0].output
     assert [shard.wait() for shard in shards] == [1, 1]
-    assert all(f"ERROR {reason}\n" in shard.output for shard in shards)
+    assert all(f"ERROR {reason}" in shard.output for shard in shards)
 
 
 def test_workers_that_never_join_are_named(tmp_path: Path) -> None:
@@ -299,7 +320,7 @@ WRONG: dict[str, tuple[list[str], dict[str, object], str]] = {
     "a rank beyond the workers": (
         WORKER,
         {"cluster.rank": 2, "cluster.num_workers": 2},
-        "cluster.rank = 2 must be below cluster.num_workers = 2",
+        "cluster.rank = 2 must be below the number of workers, 2",
     ),
     "an unknown variable": (
         SHARD,

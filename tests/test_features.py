@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
+import time
 import warnings
+from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Timer
 from typing import Any, Protocol
 
 import pytest
@@ -21,9 +26,26 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import IterableDataset, TensorDataset
 
-from ps_core.errors import UsageError
+from ps_core.config import load
+from ps_core.errors import (
+    MismatchError,
+    NonFiniteError,
+    Preempted,
+    ShardlineError,
+    ShardUnreachableError,
+    UsageError,
+)
+from ps_core.exchange import Farewell
+from ps_core.job import Job
 from ps_core.metrics import REGISTRY
+from ps_core.optim_spec import describe
 from ps_core.optimizer import ExchangeOptimizer
+from ps_core.plan import ParameterSpec
+from ps_core.settings import ConsistencyConfig
+from ps_core.v1 import shard_pb2
+from ps_server import values
+from ps_server.shard import Shard
+from shardline.ports import free_ports
 from shardline.session import Session
 from tests.cluster import TEST_SECONDS, Cluster, one_thread, run_alone
 from tests.host import Case, Result
@@ -879,6 +901,45 @@ def test_a_session_can_go_on_from_the_state_of_plain_torch(
     check(cluster, go_on_with, optimizer=optimizer, **arguments)
 
 
+def reload(session: Session) -> Returned:
+    model = Net()
+    optimizer = session.optimizer(torch.optim.AdamW(model.parameters(), lr=LR), model)
+    for step in range(10):
+        x, y = shares(SIZES, step)[session.rank]
+        optimizer.zero_grad()
+        loss_of(model, (x, y)).backward()
+        optimizer.step(samples=len(x))
+        optimizer.load_state_dict(optimizer.state_dict())
+    return model.state_dict()
+
+
+def test_one_worker_may_load_a_state_while_another_reads_it(cluster: Cluster) -> None:
+    results = cluster.run(reload, environ=JOB_SEED)
+    model = initial_net()
+    batches = [concatenated(shares(SIZES, step)) for step in range(10)]
+    train(model, plain_optimizer("AdamW", model, lr=LR), batches)
+    for result in results:
+        assert_close(result.tensors, model.state_dict(), 1e-10)
+
+
+def test_a_state_is_read_as_it_was_when_it_was_asked_for() -> None:
+    model = Net("float32")
+    plain = torch.optim.AdamW(model.parameters())
+    specs = tuple(
+        ParameterSpec(name, p.dtype, tuple(p.shape), 0) for name, p in model.named_parameters()
+    )
+    job = Job("job", 1, 1, specs, 512, 2**20, describe(plain), ConsistencyConfig())
+    shard = Shard(job, 0)
+    for state in shard.parts.values():
+        for index, piece in enumerate(state.part.slices):
+            state.optimizer.write_state(index, "exp_avg", torch.ones(piece.length))
+    responses = values.read(shard, {}, shard_pb2.CONTENT_STATE)
+    read = [next(responses) for _ in range(2)]  # the version, and the first tensor
+    for state in shard.parts.values():  # another worker loads a state
+        state.optimizer.clear_state()
+    assert len([*read, *responses]) == 1 + sum(len(s.part.slices) for s in shard.parts.values())
+
+
 def forget_the_state(run: Run) -> Returned:
     model = Net()
     optimizer = run.optimizer(torch.optim.AdamW(model.parameters(), lr=LR), model)
@@ -947,6 +1008,8 @@ def test_workers_may_end_a_pass_at_different_steps(
             then = f"then {name}"
             assert torch.equal(result.tensors[then], results[0].tensors[then]), name
         assert result.values["mean"] == 0.5
+    if 0 in breaks:  # one goes on to the end: what the other has left is its own
+        assert sorted(n for rows in together for n in rows) == sorted([*range(num_rows)] * 2)
 
 
 def bring_own_data(session: Session, *, num_steps: Sequence[int]) -> Returned:
@@ -1021,12 +1084,447 @@ def count_batches(session: Session) -> Returned:
 LOADERS = [(10, 2, False), (11, 2, False), (11, 2, True), (1, 4, False), (12, 4, False)]
 
 
-def test_the_length_of_a_loader_is_its_number_of_batches(cluster: Cluster) -> None:
+def test_the_length_of_a_loader_is_its_number_of_batches_rounded_up(cluster: Cluster) -> None:
     alone = run_alone(count_batches).values["counts"]
     assert alone == [[n, n] for n in (5, 6, 5, 1, 3)]
     first, second = (result.values["counts"] for result in cluster.run(count_batches))
-    assert first == [[n, n] for n in (3, 3, 3, 1, 2)]
-    assert second == [[n, n] for n in (2, 3, 2, 0, 1)]
+    lengths = (3, 3, 3, 1, 2)
+    assert first == [[n, n] for n in lengths]
+    assert second == [[n, m] for n, m in zip(lengths, (2, 3, 2, 0, 1), strict=True)]
+
+
+# -- What becomes of the samples -------------------------------------------------------------------
+
+
+class Book:
+    """The rows of every step that a worker takes with a loader over their numbers."""
+
+    def __init__(self, session: Session, num_rows: int, **options: Any) -> None:  # noqa: ANN401 - session.loader's
+        self.x, self.y = samples(num_rows)
+        self.model = Net()
+        plain = torch.optim.AdamW(self.model.parameters(), lr=LR)
+        self.optimizer = session.optimizer(plain, self.model)
+        self.dataset = TensorDataset(torch.arange(num_rows))
+        self.loader = session.loader(self.dataset, **options)
+        self.seen: list[tuple[int, list[int]]] = []
+        self.open: list[int] = []
+
+    def backward(self, rows: Tensor) -> None:
+        """Its gradients are sums over the samples."""
+        self.open += rows.tolist()
+        (loss_of(self.model, (self.x[rows], self.y[rows])) * len(rows)).backward()
+
+    def step(self) -> None:
+        for parameter in self.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= len(self.open)
+        self.seen.append((self.optimizer.next_step, self.open))
+        self.open = []
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def train(self, rows: Tensor) -> None:
+        self.backward(rows)
+        self.step()
+
+    def returned(self) -> Returned:
+        return {"seen": self.seen, **self.model.state_dict()}
+
+
+def assert_trained_as_one(
+    results: Sequence[Result], num_rows: int, expected: Sequence[int] | None = None
+) -> list[list[int]]:
+    """What a `Book` tells of all workers: steps of one process with all the rows of each step.
+    `expected`: the rows, as often as they are trained on. Returns the rows of each step.
+    """
+    seen = [entry for result in results for entry in result.values["seen"]]
+    steps = sorted({step for step, _ in seen})
+    assert steps == list(range(len(steps)))
+    batches = [[n for at, rows in seen if at == step for n in rows] for step in steps]
+    assert sorted(n for rows in batches for n in rows) == sorted(expected or range(num_rows))
+    x, y = samples(num_rows)
+    model = initial_net()
+    train(model, plain_optimizer("AdamW", model, lr=LR), [(x[rows], y[rows]) for rows in batches])
+    for rank, result in enumerate(results):
+        assert_close(result.tensors, model.state_dict(), 1e-10, f"worker {rank}")
+    return batches
+
+
+def skip_some(session: Session) -> Returned:
+    """Worker 0 skips a batch once; the last one, which is short, is skipped by whoever gets it."""
+    book = Book(session, 30, batch_size=4)
+    skipped: list[list[int]] = []
+    for (rows,) in book.loader:
+        if len(rows) < 4 or (session.rank == 0 and not skipped):
+            skipped.append(rows.tolist())
+            continue
+        book.train(rows)
+    return {**book.returned(), "skipped": skipped}
+
+
+def test_a_skipped_batch_comes_to_another_worker_and_a_second_time_to_nobody(
+    cluster: Cluster,
+) -> None:
+    results = cluster.run(skip_some, environ=JOB_SEED)
+    skipped = [rows for result in results for rows in result.values["skipped"]]
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(SEED)).tolist()
+    short = order[28:]
+    assert skipped.count(short) == 2
+    assert_trained_as_one(results, 30, [n for n in range(30) if n not in short])
+
+
+def accumulate_and_leave_over(session: Session, *, last_step: bool) -> Returned:
+    """Two batches per step, of three in a pass; the third is stepped with after the loop, or in the
+    next pass.
+    """
+    book = Book(session, 12 * session.world_size, batch_size=4)
+    for _ in session.epochs(2):
+        for number, (rows,) in enumerate(book.loader):
+            book.backward(rows)
+            if number % 2:
+                book.step()
+        if last_step:
+            book.step()
+    if book.open:
+        book.step()
+    return book.returned()
+
+
+@pytest.mark.parametrize("last_step", [True, False])
+def test_batches_that_are_left_over_after_accumulation_are_used_as_in_plain_torch(
+    cluster: Cluster, last_step: bool
+) -> None:
+    alone = run_alone(accumulate_and_leave_over, environ=JOB_SEED, last_step=last_step)
+    sizes = [8, 4, 8, 4] if last_step else [8, 12, 4]
+    batches = assert_trained_as_one([alone], 12, [*range(12)] * 2)
+    assert [len(rows) for rows in batches] == sizes
+    if last_step:
+        results = cluster.run(accumulate_and_leave_over, environ=JOB_SEED, last_step=True)
+        assert_trained_as_one(results, 24, [*range(24)] * 2)
+
+
+def clear_before_backward(session: Session) -> Returned:
+    book = Book(session, 30, batch_size=4)
+    for (rows,) in book.loader:
+        book.optimizer.zero_grad()
+        book.train(rows)
+    return book.returned()
+
+
+def with_functional_gradients(session: Session) -> Returned:
+    """No backward pass tells that a batch is used."""
+    book = Book(session, 30, batch_size=4)
+    for (rows,) in book.loader:
+        gradients = gradients_of(book.model, (book.x[rows], book.y[rows]))
+        for parameter, gradient in zip(book.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient * len(rows)
+        book.open += rows.tolist()
+        book.step()
+    return book.returned()
+
+
+def average_within_a_pass(session: Session) -> Returned:
+    """Worker 1 asks for data while worker 0 waits for it in a meeting."""
+    book = Book(session, 30, batch_size=4)
+    for (rows,) in book.loader:
+        session.mean(len(rows))
+        book.train(rows)
+        time.sleep(0.03 * session.rank)
+    return book.returned()
+
+
+@pytest.mark.parametrize(
+    "case", [clear_before_backward, with_functional_gradients, average_within_a_pass]
+)
+def test_workers_batches_of_a_step_are_neighbours_whatever_the_script_does(
+    cluster: Cluster, case: Case
+) -> None:
+    results = cluster.run(case, environ=JOB_SEED)
+    batches = assert_trained_as_one(results, 30)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(SEED)).tolist()
+    assert batches == [order[at : at + 8] for at in range(0, 30, 8)]
+
+
+def loaders_made_in_every_epoch(session: Session) -> Returned:
+    book = Book(session, 1)
+    read = []
+    for _ in session.epochs(3):
+        for (rows,) in session.loader(TensorDataset(torch.arange(20)), 4):
+            read += rows.tolist()
+    return {"read": read, **book.returned()}
+
+
+def test_a_loader_that_is_made_anew_in_every_epoch_goes_on_with_another_order() -> None:
+    result = run_alone(loaders_made_in_every_epoch, environ=JOB_SEED)
+    generators = [torch.Generator().manual_seed(SEED + number) for number in range(3)]
+    orders = [torch.randperm(20, generator=each).tolist() for each in generators]
+    assert result.values["read"] == [n for order in orders for n in order]
+
+
+def evaluate(session: Session) -> Returned:
+    """After every epoch all workers share the evaluation."""
+    book = Book(session, 30, batch_size=4)
+    held_out = session.loader(TensorDataset(torch.arange(7)), 2, shuffle=False)
+    read, means = [], []
+    for _ in session.epochs(2):
+        for (rows,) in book.loader:
+            book.train(rows)
+        own = []
+        with torch.no_grad():
+            for (rows,) in held_out:
+                own += rows.tolist()
+        read += own
+        means.append(session.mean(sum(own) / max(1, len(own)), len(own)))
+    return {**book.returned(), "read": read, "means": means}
+
+
+def test_workers_may_share_an_evaluation(cluster: Cluster) -> None:
+    for results in ([run_alone(evaluate, environ=JOB_SEED)], cluster.run(evaluate)):
+        read = [n for result in results for n in result.values["read"]]
+        assert sorted(read) == sorted([*range(7)] * 2)
+        for result in results:
+            assert result.values["means"] == pytest.approx([3.0, 3.0])
+
+
+def read_before_the_optimizer(session: Session) -> Returned:
+    loader = session.loader(TensorDataset(torch.arange(7)), 2)
+    return {"passes": [[rows.tolist() for (rows,) in loader] for _ in range(2)]}
+
+
+def test_alone_a_loader_may_be_read_before_there_is_an_optimizer() -> None:
+    passes = run_alone(read_before_the_optimizer).values["passes"]
+    assert [sorted(n for rows in batches for n in rows) for batches in passes] == [[*range(7)]] * 2
+
+
+def test_on_shards_a_loader_needs_the_other_workers() -> None:
+    environ = {"SHARDLINE_CLUSTER_SHARDS": f"127.0.0.1:{free_ports(1)[0]}"}
+    with pytest.raises(SystemExit) as caught:
+        run_alone(read_before_the_optimizer, environ=environ)
+    assert isinstance(caught.value.__cause__, UsageError)
+    assert "call session.optimizer(...) before the loop" in str(caught.value.__cause__)
+
+
+def break_with_processes(session: Session) -> Returned:
+    """Worker 1 breaks with batches that its loader's processes have read ahead."""
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    book = Book(session, 40, batch_size=4, num_workers=2)
+    for number, (rows,) in enumerate(book.loader):
+        if session.rank == 1 and number == 1:
+            break
+        book.train(rows)
+    return book.returned()
+
+
+def test_what_was_read_ahead_at_a_break_is_trained_on_by_others(cluster: Cluster) -> None:
+    assert_trained_as_one(cluster.run(break_with_processes, environ=JOB_SEED), 40)
+
+
+def share_global_batches(session: Session, *, num_processes: int) -> Returned:
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    book = Book(session, 50, global_batch_size=12, num_workers=num_processes)
+    for _ in session.epochs(2):
+        for (rows,) in book.loader:
+            book.train(rows)
+    return {"length": len(book.loader), **book.returned()}
+
+
+@pytest.mark.parametrize("num_processes", [0, 1])
+def test_a_global_batch_is_shared_whatever_the_number_of_workers(
+    cluster: Cluster, num_processes: int
+) -> None:
+    for num_workers in (1, 2):
+        results = cluster.run(
+            share_global_batches,
+            num_workers=num_workers,
+            environ=JOB_SEED,
+            num_processes=num_processes,
+        )
+        assert [result.values["length"] for result in results] == [5] * num_workers
+        batches = assert_trained_as_one(results, 50, [*range(50)] * 2)
+        assert [len(rows) for rows in batches] == [12, 12, 12, 12, 2] * 2
+        order = torch.randperm(50, generator=torch.Generator().manual_seed(SEED)).tolist()
+        assert [sorted(rows) for rows in batches[:5]] == [
+            sorted(order[at : at + 12]) for at in range(0, 50, 12)
+        ]
+
+
+def two_loaders(session: Session) -> Returned:
+    """Worker 0 breaks out of the first; the second has fewer batches than workers."""
+    book = Book(session, 30, batch_size=4)
+    second = session.loader(TensorDataset(torch.arange(3)), 4)
+    for _ in session.epochs(2):
+        for number, (rows,) in enumerate(book.loader):
+            book.train(rows)
+            if session.rank == 0 and number == 1:
+                break
+        for (rows,) in second:
+            book.train(rows)
+    return book.returned()
+
+
+def test_two_loaders_may_be_read_in_turn(cluster: Cluster) -> None:
+    results = cluster.run(two_loaders, environ=JOB_SEED)
+    assert_trained_as_one(results, 30, [*range(30), 0, 1, 2] * 2)
+
+
+# -- Workers that leave, and that join -------------------------------------------------------------
+
+
+def leave_in_the_loop(session: Session, *, how: str) -> Returned:
+    """In the middle of its second batch worker 1 fails, or is told to end."""
+    book = Book(session, 30, batch_size=4)
+    for _ in session.epochs(1):
+        for number, (rows,) in enumerate(book.loader):
+            if session.rank == 1 and number == 1:
+                if how == "fails":
+                    raise RuntimeError("no such image")
+                os.kill(os.getpid(), signal.SIGTERM)
+            book.train(rows)
+            if session.rank == 1:
+                (Path(session.config.job.run_dir) / f"rows-{number}").write_text(str(book.seen[-1]))
+    return book.returned()
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "event", "num_own"),
+    [
+        ("fails", "RuntimeError: no such image", "failed", 1),
+        ("is told to end", "Preempted: 75", "preempted", 2),
+    ],
+)
+def test_the_others_train_on_what_a_worker_leaves(
+    cluster: Cluster, how: str, error: str, event: str, num_own: int, tmp_path: Path
+) -> None:
+    environ = {**JOB_SEED, "SHARDLINE_JOB_RUN_DIR": str(tmp_path)}
+    result, told = cluster.run_losing(leave_in_the_loop, environ=environ, how=how)
+    assert told == error
+    assert isinstance(result, Result)
+    own = [literal_eval((tmp_path / f"rows-{n}").read_text()) for n in range(num_own)]
+    assert not (tmp_path / f"rows-{num_own}").exists()
+    other = Result({"seen": own}, result.tensors)
+    assert_trained_as_one([result, other], 30)
+    entries = [json.loads(line) for line in (tmp_path / "updates.jsonl").read_text().splitlines()]
+    assert event in [each["event"] for each in entries if each["kind"] == "worker"]
+
+
+def leave_without_a_loader(session: Session, *, waits: bool) -> Returned:
+    """Worker 1 is told to end in its second step, or while it waits for worker 0."""
+    model = Net()
+    optimizer = session.optimizer(torch.optim.AdamW(model.parameters(), lr=LR), model)
+    log = Path(session.config.job.run_dir) / "updates.jsonl"
+    for _ in session.epochs(1):
+        if session.rank == 0 and waits:
+            wait_until(lambda: '"event":"preempted"' in log.read_text())
+        for step in range(0 if session.rank and waits else NUM_STEPS):
+            x, y = shares(SIZES, step)[session.rank]
+            optimizer.zero_grad()
+            loss_of(model, (x, y)).backward()
+            if session.rank == 1 and step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            optimizer.step(samples=len(x))
+        if session.rank == 1:
+            Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize(("waits", "num_shared"), [(False, 2), (True, 0)])
+def test_a_worker_without_a_loader_leaves_after_its_step_or_while_it_waits(
+    cluster: Cluster, waits: bool, num_shared: int, tmp_path: Path
+) -> None:
+    environ = {**JOB_SEED, "SHARDLINE_JOB_RUN_DIR": str(tmp_path)}
+    result, told = cluster.run_losing(leave_without_a_loader, environ=environ, waits=waits)
+    assert told == "Preempted: 75"
+    assert isinstance(result, Result)
+    steps = [shares(SIZES, step) for step in range(NUM_STEPS)]
+    model = initial_net()
+    batches = [
+        concatenated(batches) if step < num_shared else batches[0]
+        for step, batches in enumerate(steps)
+    ]
+    train(model, plain_optimizer("AdamW", model, lr=LR), batches)
+    assert_close(result.tensors, model.state_dict(), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("error", "farewell"),
+    [
+        (Preempted(), Farewell.PREEMPTED),
+        (RuntimeError("out of memory"), Farewell.FAILED),
+        (KeyboardInterrupt(), Farewell.FAILED),
+        (SystemExit(3), Farewell.FAILED),
+        (ShardUnreachableError("shard 1 is gone"), Farewell.FAILED),
+        (UsageError("step(samples=0)"), Farewell.FATAL),
+        (NonFiniteError("the gradient of x"), Farewell.FATAL),
+        (MismatchError("another model"), Farewell.FATAL),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else value.name,
+)
+def test_the_others_are_told_whether_a_new_process_could_do_better(
+    error: BaseException, farewell: Farewell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[Farewell, str]] = []
+    session = Session(load(environ={"SHARDLINE_METRICS_PORT": "-1"}))
+    monkeypatch.setattr(session.exchange, "close", lambda *last_word: told.append(last_word))
+    is_ours = isinstance(error, ShardlineError)
+    with pytest.raises(SystemExit if is_ours else type(error)), session:
+        raise error
+    assert told == [(farewell, f"{type(error).__name__}: {error}")]
+
+
+def test_a_script_that_exits_well_has_ended_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[object, ...]] = []
+    session = Session(load(environ={"SHARDLINE_METRICS_PORT": "-1"}))
+    monkeypatch.setattr(session.exchange, "close", lambda *last_word: told.append(last_word))
+    with pytest.raises(SystemExit), session:
+        raise SystemExit(0)
+    assert told == [()]
+
+
+def join_late(session: Session, *, folder: str) -> Returned:
+    """Worker 2 joins in the second epoch, when the others have seen that it is coming."""
+    comes, enters = Path(folder) / "comes", Path(folder) / "enters"
+    if session.rank == 2:
+        wait_until(comes.exists)
+        enters.touch()
+    book = Book(session, 64, batch_size=4)
+    schedule = session.scheduler(lambda each: lr_scheduler.LambdaLR(each, lambda n: 1 / (1 + n)))
+    begins = [book.optimizer.next_step, schedule.last_epoch, book.optimizer.param_groups[0]["lr"]]
+    epochs = []
+    for epoch in session.epochs(4):
+        epochs.append(epoch)
+        for (rows,) in session.loader(book.dataset, 4):
+            if session.rank == 0 and epoch == 1:
+                comes.touch()
+                wait_until(enters.exists)
+            book.train(rows)
+            schedule.step()
+    return {"epochs": epochs, "begins": begins, **book.returned()}
+
+
+def wait_until(is_done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_worker_that_joins_begins_at_the_others_epoch_and_learning_rate(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    results = cluster.run(
+        join_late, num_workers=3, num_joiners=1, environ=JOB_SEED, folder=str(tmp_path)
+    )
+    first, second, joiner = (result.values for result in results)
+    assert first["epochs"] == second["epochs"] == [0, 1, 2, 3]
+    assert joiner["epochs"] == [1, 2, 3]
+    step, count, rate = joiner["begins"]
+    assert 8 < step < 16
+    assert (count, rate) == (step, LR / (1 + step))
+    assert joiner["seen"][0][0] == step
+    seen = [n for result in results for _, rows in result.values["seen"] for n in rows]
+    assert sorted(seen) == sorted([*range(64)] * 4)
+    for result in results:
+        assert_close(result.tensors, results[0].tensors, 0)
 
 
 # -- Numbers ---------------------------------------------------------------------------------------
@@ -1182,6 +1680,11 @@ def no_samples(session: Session) -> Returned:
     return {}
 
 
+def early_scheduler(session: Session) -> Returned:
+    session.scheduler(lambda optimizer: lr_scheduler.ConstantLR(optimizer))
+    return {}
+
+
 def second_optimizer(session: Session) -> Returned:
     model, _ = joined(session)
     session.optimizer(torch.optim.SGD(model.parameters(), lr=LR), model)
@@ -1255,6 +1758,7 @@ AT_THE_START: dict[Case, list[str]] = {
     adafactor: ["Adafactor", "Use one of"],
     third_party: ["ThirdParty", "Use one of"],
     stray_parameter: ["[5, 2]", "session.optimizer the module that holds all"],
+    early_scheduler: ["before session.scheduler"],
     nothing_to_train: ["requires a gradient", "nothing to train"],
 }
 

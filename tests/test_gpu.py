@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ps_core.buckets import Bucket, make_buckets
+from ps_core.exchange import Work
 from ps_core.local import LocalExchange
 from ps_core.optim_spec import describe, read_groups
 from ps_core.plan import ParameterSpec, Plan, make_plan
@@ -49,7 +50,7 @@ def test_training_alone_on_the_device_equals_plain_torch() -> None:
         for trained in (model, reference):
             trained.zero_grad()
             trained(inputs).square().mean().backward()
-        exchange.begin(step, 16, read_groups(inner))
+        exchange.begin(step, Work(samples=16), read_groups(inner))
         for bucket in buckets:
             bucket.collect()
             exchange.submit(bucket, step)

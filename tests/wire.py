@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import queue
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Final
+from typing import Final, Protocol
 
 import grpc
 import torch
@@ -17,9 +18,10 @@ from ps_core.exchange import Purpose
 from ps_core.job import Job
 from ps_core.optim_spec import OptimizerSpec
 from ps_core.plan import ParameterSpec, Part
+from ps_core.settings import ConsistencyConfig
 from ps_core.v1 import shard_pb2, tensor_pb2
 from ps_core.v1.shard_pb2 import WorkerId
-from tests.processes import PATIENCE_SECONDS, Fleet
+from tests.processes import PATIENCE_SECONDS
 
 _MAX_MESSAGE_BYTES: Final = 64 * 2**20
 """More than a shard takes."""
@@ -90,9 +92,13 @@ class HandStream:
         for frame in frames:
             self._outgoing.put(frame)
 
+    def read_bytes(self) -> bytes:
+        """The next answer. Raises grpc.RpcError."""
+        return next(self._call)
+
     def read(self) -> shard_pb2.ExchangeResponse:
         """The next answer. Raises grpc.RpcError."""
-        return shard_pb2.ExchangeResponse.FromString(next(self._call))
+        return shard_pb2.ExchangeResponse.FromString(self.read_bytes())
 
     def wait(self) -> tuple[grpc.StatusCode, str]:
         """Wait until the shard ends the stream: status and text."""
@@ -100,39 +106,68 @@ class HandStream:
             list(self._call)
         return self._call.code(), self._call.details()
 
+    def finish(self) -> tuple[grpc.StatusCode, str]:
+        """Say that nothing more comes; afterwards the shard has taken all that was sent. What it
+        has answered is not read.
+        """
+        self._outgoing.put(None)
+        return self.wait()
+
+    def cut(self) -> None:
+        """Break the stream: what was sent may have arrived or not."""
+        self._call.cancel()
+        self._outgoing.put(None)
+
+
+class Served(Protocol):
+    """Shards that listen."""
+
+    addresses: list[str]
+
 
 class HandJob:
     """A job of plain SGD whose workers are made by hand, and the parameters it must have."""
 
     lr: Final = 0.25
-    samples: Final = (1, 3)
-    """Behind the gradients of each of the two workers."""
+    samples: Final = (1, 3, 2, 5)
+    """Behind the gradients of each worker."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self.wires = [Wire(address) for address in fleet.addresses]
+    def __init__(
+        self,
+        served: Served,
+        *,
+        num_workers: int = 2,
+        consistency: ConsistencyConfig | None = None,
+    ) -> None:
+        self.wires = [Wire(address) for address in served.addresses]
         tensors = (("weight", (25, 40)), ("bias", (24,)))
         self.spec = Job(
             job_id="shardline",
-            num_workers=len(self.samples),
+            num_workers=num_workers,
             num_shards=len(self.wires),
             parameters=tuple(ParameterSpec(n, torch.float32, shape, 0) for n, shape in tensors),
             part_bytes=512,
             bucket_bytes=2**20,
             optimizer=OptimizerSpec("SGD", ({"lr": self.lr},)),
-            mode="sync",
-            deterministic=False,
+            consistency=consistency or ConsistencyConfig(),
         )
         self.parts = self.spec.plan.parts
-        self.workers = [WorkerId(rank=rank, incarnation=77 + rank) for rank in range(2)]
+        self.ranks = list(range(num_workers))
+        """Of the workers that take steps."""
+        self.workers = [WorkerId(rank=r, incarnation=77 + r) for r in range(len(self.samples))]
         self.streams: dict[tuple[int, int], HandStream] = {}
         """By rank and shard."""
         self.epoch = self.next_step = 0
+        self._numbers: Counter[int] = Counter()
+        """Rank → requests to the lead so far."""
         [bucket] = self.spec.plan.buckets
         self.parameters = torch.linspace(-1, 1, bucket.length)
 
     def close(self) -> None:
         for wire in self.wires:
             wire.close()
+
+    # -- Workers come and go -----------------------------------------------------------------------
 
     def request(self, rank: int, shard: int) -> shard_pb2.JoinRequest:
         """What a worker joins with."""
@@ -144,57 +179,81 @@ class HandJob:
     def hello(self, rank: int) -> shard_pb2.Hello:
         return shard_pb2.Hello(worker=self.workers[rank])
 
-    def open(self, rank: int, shard: int) -> None:
+    def open(self, rank: int, shard: int) -> HandStream:
         """Open a joined worker's stream, again if it has broken."""
-        self.streams[rank, shard] = HandStream(
+        stream = self.streams[rank, shard] = HandStream(
             self.wires[shard], shard_pb2.ExchangeRequest(hello=self.hello(rank))
         )
+        return stream
 
-    def ask_again(self, rank: int, shard: int) -> None:
-        """Repeat a push of the worker's last step and wait for the answer: then the shard has taken
-        all that was sent on the stream.
-        """
-        self.next_step -= 1
-        repeated = self.begin(rank), self.pushes(rank, shard)[0]
-        self.next_step += 1
-        stream = self.streams[rank, shard]
-        stream.send(*repeated)
-        while stream.read().part.step != self.next_step:
-            pass
+    def join(self, rank: int) -> None:
+        """A worker joins all shards and opens its streams."""
+        for shard, wire in enumerate(self.wires):
+            wire.call("Join", self.request(rank, shard))
+            self.open(rank, shard)
+
+    def replace(self, rank: int) -> None:
+        """From now on the rank is another process."""
+        self.workers[rank] = WorkerId(rank=rank, incarnation=self.workers[rank].incarnation + 1000)
+        self._numbers[rank] = 0
 
     def start(self) -> None:
         """All join, the first one gives the initial values, and all meet."""
+        for rank in self.ranks:
+            self.join(rank)
         for shard, wire in enumerate(self.wires):
-            for rank in range(len(self.workers)):
-                wire.call("Join", self.request(rank, shard))
-                self.open(rank, shard)
             loads = [codec.encode_initial(p, self.parameters) for p in self.parts_of(shard)]
             wire.call("Load", shard_pb2.LoadRequest(hello=self.hello(0)), *loads)
         self.meet(Purpose.START)
 
-    def parts_of(self, shard: int) -> list[Part]:
-        return [part for part in self.parts if part.shard == shard]
+    # -- Requests to the lead ----------------------------------------------------------------------
+
+    def numbered(self, rank: int, request: shard_pb2.ExchangeRequest) -> shard_pb2.ExchangeRequest:
+        """The worker's next request to the lead."""
+        self._numbers[rank] += 1
+        request.number = self._numbers[rank]
+        return request
+
+    def ask(self, rank: int, request: shard_pb2.ExchangeRequest) -> shard_pb2.ExchangeRequest:
+        """Send a request to the lead; what was sent."""
+        self.streams[rank, 0].send(self.numbered(rank, request))
+        return request
+
+    def answer(self, rank: int, kind: str) -> shard_pb2.ExchangeResponse:
+        """The lead's next answer of this kind; parts before it are not looked at."""
+        while (answer := self.streams[rank, 0].read()).WhichOneof("message") != kind:
+            assert answer.WhichOneof("message") == "part"
+        return answer
 
     def meet(self, purpose: Purpose) -> None:
         """All workers meet at the lead."""
-        for rank in range(len(self.workers)):
-            self.streams[rank, 0].send(self.arrival(purpose))
-        for rank in range(len(self.workers)):
-            self.epoch = self.streams[rank, 0].read().met.epoch
+        for rank in self.ranks:
+            self.ask(rank, self.arrival(purpose, self.next_step))
+        for rank in self.ranks:
+            self.epoch = self.answer(rank, "met").met.epoch
 
-    def arrival(self, purpose: Purpose) -> shard_pb2.ExchangeRequest:
+    def arrival(self, purpose: Purpose, step: int, *values: float) -> shard_pb2.ExchangeRequest:
         """What a worker sends to meet the others."""
         name = shard_pb2.Purpose.Name(purpose)
         return shard_pb2.ExchangeRequest(
-            meet=shard_pb2.Meet(purpose=name, step=self.next_step, weight=1)
+            meet=shard_pb2.Meet(purpose=name, step=step, weight=1, values=values)
         )
 
-    def begin(self, rank: int) -> shard_pb2.ExchangeRequest:
+    # -- Steps -------------------------------------------------------------------------------------
+
+    def parts_of(self, shard: int) -> list[Part]:
+        return [part for part in self.parts if part.shard == shard]
+
+    def begin(self, rank: int, *leases: int) -> shard_pb2.ExchangeRequest:
         """Opens the worker's next step."""
-        groups = codec.encode_groups(self.spec.optimizer.groups)
-        step, epoch, samples = self.next_step, self.epoch, self.samples[rank]
         return shard_pb2.ExchangeRequest(
-            begin=shard_pb2.Begin(step=step, epoch=epoch, samples=samples, groups=groups)
+            begin=shard_pb2.Begin(
+                step=self.next_step,
+                epoch=self.epoch,
+                samples=self.samples[rank],
+                groups=codec.encode_groups(self.spec.optimizer.groups),
+                leases=leases,
+            )
         )
 
     def gradients(self, rank: int) -> torch.Tensor:
@@ -209,23 +268,44 @@ class HandJob:
             for part in self.parts_of(shard)
         ]
 
+    def share(self, rank: int, shard: int) -> list[Frame]:
+        """All that a shard must hear of the worker's next step."""
+        return [self.begin(rank), *self.pushes(rank, shard)]
+
     def step(self) -> None:
         """All workers take a step, and must get the parameters that SGD gives. A part that was
         pushed before may be answered twice.
         """
-        for (rank, shard), stream in self.streams.items():
-            stream.send(self.begin(rank), *self.pushes(rank, shard))
-        total = sum(n * self.gradients(rank) for rank, n in enumerate(self.samples))
-        self.parameters = self.parameters - self.lr * total / sum(self.samples)
-        self.next_step += 1
-        for (_, shard), stream in self.streams.items():
-            missing = {part.index: part for part in self.parts_of(shard)}
-            while missing:
-                answer = stream.read().part
-                if answer.step == self.next_step and answer.part in missing:
-                    self._check(missing.pop(answer.part), answer)
+        for rank in self.ranks:
+            for shard in range(len(self.wires)):
+                self.streams[rank, shard].send(*self.share(rank, shard))
+        self.advance(*self.ranks)
+        for rank in self.ranks:
+            self.check_parts(rank)
 
-    def _check(self, part: Part, answer: tensor_pb2.Part) -> None:
+    def advance(self, *ranks: int) -> None:
+        """The next version is made of these workers' gradients."""
+        total = sum(self.samples[rank] * self.gradients(rank) for rank in ranks)
+        num_samples = sum(self.samples[rank] for rank in ranks)
+        self.parameters = self.parameters - self.lr * total / num_samples
+        self.next_step += 1
+
+    def check_parts(self, rank: int) -> None:
+        """The worker gets every part of the version that its next step begins with."""
+        for shard in range(len(self.wires)):
+            self.check_parts_of(rank, shard)
+
+    def check_parts_of(self, rank: int, shard: int) -> None:
+        """The same, from one shard."""
+        missing = {part.index: part for part in self.parts_of(shard)}
+        while missing:
+            answer = self.streams[rank, shard].read().part
+            self.epoch = max(self.epoch, answer.epoch)
+            if answer.step == self.next_step and answer.part in missing:
+                self.check(missing.pop(answer.part), answer)
+
+    def check(self, part: Part, answer: tensor_pb2.Part) -> None:
+        """These must be the parameters."""
         elements = torch.frombuffer(bytearray(answer.data), dtype=torch.float32)
         expected = self.parameters[part.start : part.start + part.length]
         for piece in part.slices:

@@ -43,16 +43,20 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Part(_message.Message):
-    __slots__ = ("step", "part", "present", "data")
+    __slots__ = ("step", "part", "present", "epoch", "clock", "data")
     STEP_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     PRESENT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     step: int
     part: int
     present: bytes
+    epoch: int
+    clock: int
     data: bytes
-    def __init__(self, step: _Optional[int] = ..., part: _Optional[int] = ..., present: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., part: _Optional[int] = ..., present: _Optional[bytes] = ..., epoch: _Optional[int] = ..., clock: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class TensorChunk(_message.Message):
     __slots__ = ("spec", "offset_bytes", "data")

@@ -200,6 +200,41 @@ def test_a_sparse_gradient_is_refused_with_the_way_out() -> None:
         bucket.collect()
 
 
+# -- Changes since the anchor ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_returning_to_the_anchor_leaves_anchor_minus_parameters_as_gradients(
+    dtype: torch.dtype,
+) -> None:
+    parameters = random_parameters((3, 5), (70,), dtype=dtype)
+    bucket = bucket_of(*parameters)
+    before = [p.detach().clone() for p in parameters]
+    bucket.set_anchor()
+    changes = [torch.full_like(p, 0.25) for p in before]
+    after = [value - change for value, change in zip(before, changes, strict=True)]
+    for parameter, value in zip(parameters, after, strict=True):
+        parameter.data.copy_(value)
+    bucket.return_to_anchor()
+    for position, parameter in enumerate(parameters):
+        assert torch.equal(bucket.gradient_views[position], before[position] - after[position])
+        assert torch.equal(parameter, before[position])
+    assert bucket.present == [True, True]
+    assert not bucket.gradients[15:64].any()
+
+
+def test_every_round_has_its_own_anchor() -> None:
+    (parameter,) = random_parameters((4,))
+    bucket = bucket_of(parameter)
+    for value in (1.0, 2.0):
+        parameter.data.fill_(value)
+        bucket.set_anchor()
+        parameter.data.fill_(0.5)
+        bucket.return_to_anchor()
+        assert parameter.tolist() == [value] * 4
+        assert bucket.gradients[:4].tolist() == [value - 0.5] * 4
+
+
 # -- Between host and device -----------------------------------------------------------------------
 
 

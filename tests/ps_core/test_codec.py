@@ -1,4 +1,5 @@
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,11 +9,12 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ps_core import codec
+from ps_core import codec, dialogue
 from ps_core.errors import MismatchError, ProtocolError, ShardlineError, UsageError
 from ps_core.job import Job
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import ParameterSpec, Part, Slice
+from ps_core.settings import ConsistencyConfig
 from ps_core.tensors import TRAINABLE, bytes_of, from_wire, tensor_of, to_wire
 from ps_core.v1 import shard_pb2, tensor_pb2
 
@@ -184,6 +186,137 @@ def test_a_frame_of_four_mebibytes_is_also_right() -> None:
     frame = codec.encode_push(2**40, part, [True, False, True], flat)
     message = shard_pb2.ExchangeRequest.FromString(frame)
     assert message.SerializeToString() == frame
+
+
+# -- Hot frames, read by hand ----------------------------------------------------------------------
+
+
+def varint(value: int) -> bytes:
+    """A number on the wire, from the definition: groups of seven bits, the lowest first."""
+    groups = [value >> shift & 0x7F for shift in range(0, max(1, value.bit_length()), 7)]
+    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
+
+
+def number_field(field: int, value: int) -> bytes:
+    """A field of wire type 0; proto3 leaves out a 0."""
+    return varint(field << 3) + varint(value) if value else b""
+
+
+def bytes_field(field: int, data: bytes) -> bytes:
+    """A field of wire type 2."""
+    return varint(field << 3 | 2) + varint(len(data)) + data
+
+
+@given(steps, numbers, steps, steps, lengths)
+def test_an_answer_with_epoch_and_clock_has_its_data_last_and_says_what_the_generated_classes_say(
+    version: int, index: int, epoch: int, clock: int, length: int
+) -> None:
+    elements = random_tensor(length)
+    data = bytes(bytes_of(elements))
+    frame = codec.encode_answer(version, index, elements, epoch=epoch, clock=clock)
+    fields = ((1, version), (2, index), (5, epoch), (6, clock))
+    head = b"".join(number_field(*field) for field in fields)
+    assert frame == bytes_field(1, head + bytes_field(4, data))
+    part = tensor_pb2.Part(step=version, part=index, epoch=epoch, clock=clock, data=data)
+    assert shard_pb2.ExchangeResponse.FromString(frame) == shard_pb2.ExchangeResponse(part=part)
+
+
+def as_message(frame: codec.PartFrame) -> tensor_pb2.Part:
+    return tensor_pb2.Part(
+        step=frame.step,
+        part=frame.part,
+        present=frame.present,
+        epoch=frame.epoch,
+        clock=frame.clock,
+        data=bytes(frame.data),
+    )
+
+
+def read(frame: bytes) -> tensor_pb2.Part:
+    """What `decode_response` makes of a part, read by hand or not."""
+    response = codec.decode_response(frame)
+    return as_message(response) if isinstance(response, codec.PartFrame) else response.part
+
+
+def test_what_the_hand_has_written_it_reads_without_a_copy_of_the_elements() -> None:
+    elements = random_tensor(64)
+    frame = codec.encode_answer(2**40, 3, elements, epoch=4, clock=5)
+    response = codec.decode_response(frame)
+    assert isinstance(response, codec.PartFrame)
+    assert (response.step, response.part, response.epoch, response.clock) == (2**40, 3, 4, 5)
+    assert response.data.obj is frame
+    assert bytes(response.data) == bytes(bytes_of(elements))
+
+
+@given(steps, numbers, st.binary(max_size=5), steps, steps, st.binary(max_size=300))
+def test_a_part_of_the_generated_classes_is_read_whatever_the_order_of_its_fields(
+    step: int, index: int, present: bytes, epoch: int, clock: int, data: bytes
+) -> None:
+    part = tensor_pb2.Part(
+        step=step, part=index, present=present, epoch=epoch, clock=clock, data=data
+    )
+    assert read(shard_pb2.ExchangeResponse(part=part).SerializeToString()) == part
+
+
+# A part's fields as a hostile or foreign client may write them: in any order, repeated, with
+# numbers of more bits than their type or more bytes than they need.
+wide = st.one_of(steps, st.sampled_from([2**32, 2**33 + 5, 2**63 - 1, 2**63, 2**64 - 1]))
+padding = st.integers(0, 9)
+
+
+def padded(value: int, zeros: int) -> bytes:
+    """A varint with redundant bytes, at most ten in all, which readers accept."""
+    plain = varint(value)
+    extra = min(zeros, 10 - len(plain))
+    if not extra:
+        return plain
+    return plain[:-1] + bytes([plain[-1] | 0x80]) + b"\x80" * (extra - 1) + b"\0"
+
+
+number_fields = st.builds(
+    lambda field, value, zeros: varint(field << 3) + padded(value, zeros),
+    st.sampled_from([1, 2, 5, 6, 9]),
+    wide,
+    padding,
+)
+bytes_fields = st.builds(bytes_field, st.sampled_from([3, 4, 8]), st.binary(max_size=40))
+
+
+@given(st.lists(st.one_of(number_fields, bytes_fields), max_size=8))
+def test_any_fields_of_a_part_are_read_as_the_generated_classes_read_them(
+    fields: list[bytes],
+) -> None:
+    frame = bytes_field(1, b"".join(fields))
+    expected = shard_pb2.ExchangeResponse.FromString(frame).part
+    expected.DiscardUnknownFields()
+    actual = read(frame)
+    actual.DiscardUnknownFields()
+    assert actual == expected
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(b"\x1a", id="as the length of the part"),
+        pytest.param(b"\x1a\x80\x80\x80\x04\x08", id="as its step"),
+    ],
+)
+def test_a_number_of_a_million_bytes_is_refused_at_once(head: bytes) -> None:
+    frame = head + b"\xff" * 2**20
+    started = time.process_time()
+    with pytest.raises(ProtocolError):
+        codec.decode_request(frame)
+    assert time.process_time() - started < 1
+
+
+def test_other_messages_are_left_to_the_generated_classes() -> None:
+    met = shard_pb2.ExchangeResponse(met=shard_pb2.Met(step=3), number=2)
+    assert codec.decode_response(met.SerializeToString()) == met
+    idle = shard_pb2.ExchangeRequest(idle=shard_pb2.Idle(), number=1)
+    assert codec.decode_request(idle.SerializeToString()) == idle
+    assert codec.decode_request(b"") == shard_pb2.ExchangeRequest()
+    with pytest.raises(ProtocolError, match="2 bytes that are no ExchangeResponse"):
+        codec.decode_response(b"\xff\xff")
 
 
 @given(
@@ -377,8 +510,7 @@ JOB = Job(
         ),
         max_grad_norm=1.0,
     ),
-    mode="sync",
-    deterministic=True,
+    consistency=ConsistencyConfig(deterministic=True),
 )
 
 
@@ -390,10 +522,21 @@ def over_the_wire(job: Job) -> shard_pb2.JobSpec:
     "job",
     [
         JOB,
-        replace(JOB, deterministic=False),
+        *(
+            replace(JOB, consistency=consistency)
+            for consistency in (
+                ConsistencyConfig(),
+                ConsistencyConfig(backup_workers=2),
+                ConsistencyConfig("bounded", bound=7),
+                ConsistencyConfig("async"),
+                ConsistencyConfig("async", staleness_scaling=True),
+                ConsistencyConfig("async", delay_compensation=0.04),
+                ConsistencyConfig("local", local_steps=500),
+            )
+        ),
         replace(JOB, optimizer=replace(JOB.optimizer, max_grad_norm=None)),
         replace(JOB, optimizer=replace(JOB.optimizer, max_grad_norm=1e-9)),
-        replace(JOB, protocol=7, job_id="", mode="other"),
+        replace(JOB, protocol=7, job_id=""),
     ],
 )
 def test_a_job_comes_back_as_it_was_sent(job: Job) -> None:
@@ -467,6 +610,43 @@ def a_hyperparameter_without_value(message: shard_pb2.JobSpec) -> None:
     message.optimizer.groups[0].values["lr"].Clear()
 
 
+def a_group_without_lr(message: shard_pb2.JobSpec) -> None:
+    del message.optimizer.groups[1].values["lr"]
+
+
+def no_consistency(message: shard_pb2.JobSpec) -> None:
+    message.ClearField("consistency")
+
+
+def an_unknown_mode(message: shard_pb2.JobSpec) -> None:
+    message.consistency.mode = "eventual"
+
+
+def a_modifier_of_another_mode(message: shard_pb2.JobSpec) -> None:
+    message.consistency.staleness_scaling = True
+
+
+def a_compensation_that_is_no_number(message: shard_pb2.JobSpec) -> None:
+    message.consistency.mode = "async"
+    message.consistency.delay_compensation = float("nan")
+
+
+def two_answers_to_old_gradients(message: shard_pb2.JobSpec) -> None:
+    message.consistency.mode = "async"
+    message.consistency.delay_compensation = 0.5
+    message.consistency.staleness_scaling = True
+
+
+def a_bound_of_zero(message: shard_pb2.JobSpec) -> None:
+    message.consistency.mode = "bounded"
+    message.consistency.bound = 0
+
+
+def no_local_steps(message: shard_pb2.JobSpec) -> None:
+    message.consistency.mode = "local"
+    message.consistency.local_steps = 0
+
+
 MALFORMED: list[Callable[[shard_pb2.JobSpec], None]] = [
     no_workers,
     no_shards,
@@ -484,6 +664,14 @@ MALFORMED: list[Callable[[shard_pb2.JobSpec], None]] = [
     an_unknown_group,
     no_groups,
     a_hyperparameter_without_value,
+    a_group_without_lr,
+    no_consistency,
+    an_unknown_mode,
+    a_modifier_of_another_mode,
+    a_compensation_that_is_no_number,
+    two_answers_to_old_gradients,
+    a_bound_of_zero,
+    no_local_steps,
 ]
 
 
@@ -520,7 +708,10 @@ def request_frames() -> list[bytes]:
             begin=shard_pb2.Begin(step=3, epoch=1, samples=32, groups=groups)
         ),
         shard_pb2.ExchangeRequest(meet=shard_pb2.Meet(purpose="PURPOSE_MEAN", values=[1.0, 2.0])),
-        shard_pb2.ExchangeRequest(idle=shard_pb2.Idle(step=9)),
+        shard_pb2.ExchangeRequest(idle=shard_pb2.Idle(), number=9),
+        shard_pb2.ExchangeRequest(lease=shard_pb2.LeaseRequest(returned=[1, 2**40]), number=10),
+        shard_pb2.ExchangeRequest(fetch=shard_pb2.Fetch(parts=[0, 5])),
+        shard_pb2.ExchangeRequest(heartbeat=shard_pb2.Heartbeat()),
     ]
     pushes = [
         codec.encode_push(3, PART, present, random_tensor(64))
@@ -571,13 +762,22 @@ def survive(
 
 def decode_request(frame: bytes) -> None:
     """What a shard decodes of a message: what comes out has the sizes of the plan."""
-    request = shard_pb2.ExchangeRequest.FromString(frame)
+    request = codec.decode_request(frame)
+    if isinstance(request, codec.PartFrame):
+        assert codec.decode_elements(request, PART).shape == (64,)
+        assert len(codec.decode_present(request, PART)) == 9
+        return
     match request.WhichOneof("message"):
         case "part":
             assert codec.decode_elements(request.part, PART).shape == (64,)
             assert len(codec.decode_present(request.part, PART)) == 9
         case "begin":
             codec.decode_groups(request.begin.groups)
+            dialogue.decode_work(request.begin)
+        case "meet":
+            dialogue.decode_meet(request.meet)
+        case "lease":
+            dialogue.decode_pass(request.lease)
 
 
 def test_ten_thousand_mutated_requests_are_decoded_or_refused_and_nothing_else() -> None:

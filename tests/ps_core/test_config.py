@@ -5,19 +5,13 @@ import sys
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ps_core import config as configuration
 from ps_core.config import (
-    ClusterConfig,
-    Config,
-    RpcConfig,
-    ServerConfig,
-    WorkerConfig,
     add_flags,
     check_addresses,
     documentation,
@@ -31,6 +25,18 @@ from ps_core.config import (
     validate,
 )
 from ps_core.errors import ConfigError
+from ps_core.settings import (
+    ClusterConfig,
+    Config,
+    ConsistencyConfig,
+    JobConfig,
+    MembershipConfig,
+    RpcConfig,
+    ServerConfig,
+    WorkerConfig,
+)
+
+Mode = Literal["sync", "bounded", "async", "local"]
 
 ROOT = Path(__file__).parents[2]
 TWO_SHARDS = ("127.0.0.1:7001", "127.0.0.1:7002")
@@ -77,6 +83,7 @@ SAMPLES = [
         TWO_SHARDS,
     ),
     number("cluster.num_workers", "--num-workers", 1, 4),
+    number("cluster.max_workers", "--max-workers", 0, 6),
     number("cluster.rank", "--rank", 0, 3),
     number("server.index", "--index", 0, 1),
     word("server.host", "--host", "127.0.0.1", "0.0.0.0"),  # noqa: S104 - parsed, not bound
@@ -84,7 +91,15 @@ SAMPLES = [
     word("worker.device", "--device", "auto", "cuda:1"),
     number("worker.threads", "--threads", 0, 2),
     word("worker.nonfinite", "--nonfinite", "error", "skip"),
-    word("consistency.mode", "--mode", "sync", "sync"),
+    number("worker.grace_seconds", "--grace-seconds", 30.0, 2.5),
+    word("consistency.mode", "--mode", "sync", "async"),
+    number("consistency.backup_workers", "--backup-workers", 0, 1),
+    number("consistency.bound", "--bound", 3, 5),
+    switch("consistency.staleness_scaling", "--staleness-scaling"),
+    number("consistency.delay_compensation", "--delay-compensation", 0.0, 0.5),
+    number("consistency.local_steps", "--local-steps", 10, 4),
+    number("consistency.outer_lr", "--outer-lr", 0.7, 1.0),
+    number("consistency.outer_momentum", "--outer-momentum", 0.9, 0.0),
     switch("consistency.deterministic", "--deterministic"),
     number("exchange.part_bytes", "--part-bytes", 4 * 1024 * 1024, 65536),
     number("exchange.bucket_bytes", "--bucket-bytes", 32 * 1024 * 1024, 1000),
@@ -95,12 +110,27 @@ SAMPLES = [
     number("rpc.reconnect_seconds", "", 3.0, 0.0),
     number("rpc.drain_seconds", "--drain-seconds", 5.0, 0.25),
     number("membership.join_timeout_seconds", "--join-timeout", 120.0, 8.5),
+    number("membership.min_workers", "--min-workers", 1, 2),
+    number("membership.pause_timeout_seconds", "--pause-timeout", 120.0, 9.5),
+    number("membership.heartbeat_seconds", "", 1.0, 0.5),
+    number("membership.heartbeat_floor_seconds", "", 10.0, 2.5),
+    number("membership.heartbeat_deadline_seconds", "", 0.0, 4.5),
+    number("membership.step_deadline_seconds", "--step-deadline", 0.0, 7.5),
+    number("launch.max_restarts", "--max-restarts", 3, 1),
+    number("launch.restart_window_seconds", "--restart-window", 300.0, 60.5),
     word("metrics.host", "", "127.0.0.1", "::1"),
     number("metrics.port", "--metrics-port", 0, -1),
 ]
 FLAGGED = [sample for sample in SAMPLES if sample.flag]
-# What makes any single value above valid: rank 3 needs four workers.
-ROOM = {"SHARDLINE_CLUSTER_NUM_WORKERS": "4"}
+# What some of the values above need to be valid.
+FOUR_WORKERS = {"SHARDLINE_CLUSTER_NUM_WORKERS": "4"}
+ASYNC = {"SHARDLINE_CONSISTENCY_MODE": "async"}
+NEEDS = {
+    "cluster.rank": FOUR_WORKERS,
+    "membership.min_workers": FOUR_WORKERS,
+    "consistency.staleness_scaling": ASYNC,
+    "consistency.delay_compensation": ASYNC,
+}
 
 
 def ids(sample: Sample) -> str:
@@ -151,20 +181,20 @@ def test_every_key_has_its_default(sample: Sample) -> None:
 @pytest.mark.parametrize("sample", SAMPLES, ids=ids)
 def test_every_key_can_be_set_in_toml(sample: Sample, tmp_path: Path) -> None:
     file = toml(tmp_path, sample.key, sample.toml)
-    environ = ROOM if sample.key == "cluster.rank" else {}
-    assert same(value_of(load(file=file, environ=environ), sample.key), sample.value)
+    config = load(file=file, environ=NEEDS.get(sample.key, {}))
+    assert same(value_of(config, sample.key), sample.value)
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=ids)
 def test_every_key_can_be_set_in_the_environment(sample: Sample) -> None:
-    assert same(
-        value_of(load(environ={**ROOM, sample.variable: sample.text}), sample.key), sample.value
-    )
+    config = load(environ=NEEDS.get(sample.key, {}) | {sample.variable: sample.text})
+    assert same(value_of(config, sample.key), sample.value)
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=ids)
 def test_every_key_can_be_overridden(sample: Sample) -> None:
-    assert same(value_of(load({sample.key: sample.text}, environ=ROOM), sample.key), sample.value)
+    config = load({sample.key: sample.text}, environ=NEEDS.get(sample.key, {}))
+    assert same(value_of(config, sample.key), sample.value)
 
 
 @pytest.mark.parametrize("sample", FLAGGED, ids=ids)
@@ -172,7 +202,8 @@ def test_every_flag_sets_its_key(sample: Sample) -> None:
     arguments = [sample.flag] if sample.value is True else [sample.flag, sample.text]
     given = flags(*arguments, "--steps", "9")
     assert list(given) == [sample.key]
-    assert same(value_of(load(given, environ=ROOM), sample.key), sample.value)
+    config = load(given, environ=NEEDS.get(sample.key, {}))
+    assert same(value_of(config, sample.key), sample.value)
 
 
 # Precedence
@@ -281,12 +312,22 @@ BAD_TEXT = [
     ("job.seed", "-1", "at least 0"),
     ("job.seed", "1.5", "a whole number"),
     ("job.seed", "4294967296", "at most 4294967295"),
-    ("cluster.num_workers", "0", "at least one is needed"),
+    ("cluster.num_workers", "0", "a whole number, at least 1"),
     ("cluster.num_workers", "four", "a whole number, at least 1"),
+    ("cluster.max_workers", "-1", "at least 0"),
     ("cluster.rank", "-1", "at least 0"),
     ("server.port", "65536", "at most 65535"),
     ("worker.nonfinite", "ignore", "error or skip"),
-    ("consistency.mode", "async", "sync"),
+    ("worker.grace_seconds", "0", "at least 0.001"),
+    ("consistency.mode", "magic", "sync or bounded or async or local"),
+    ("consistency.backup_workers", "-1", "at least 0"),
+    ("consistency.bound", "-1", "at least 0"),
+    ("consistency.bound", "1.5", "a whole number"),
+    ("consistency.staleness_scaling", "much", "true or false"),
+    ("consistency.delay_compensation", "-0.1", "a number, at least 0"),
+    ("consistency.local_steps", "0", "at least 1"),
+    ("consistency.outer_lr", "-1", "at least 0"),
+    ("consistency.outer_momentum", "1.1", "at most 1"),
     ("consistency.deterministic", "maybe", "true or false"),
     ("exchange.part_bytes", "1300", "a multiple of 512"),
     ("exchange.part_bytes", "0", "at least 512"),
@@ -297,6 +338,10 @@ BAD_TEXT = [
     ("rpc.keepalive_seconds", "nan", "a number"),
     ("rpc.drain_seconds", "inf", "a number"),
     ("rpc.reconnect_seconds", "3s", "a number"),
+    ("membership.min_workers", "0", "at least 1"),
+    ("membership.step_deadline_seconds", "-1", "at least 0"),
+    ("launch.max_restarts", "-1", "at least 0"),
+    ("launch.restart_window_seconds", "0", "at least 0.001"),
     ("metrics.port", "-2", "at least -1"),
 ]
 
@@ -385,7 +430,22 @@ def test_a_missing_file_is_named() -> None:
     [
         (
             Config(cluster=ClusterConfig(num_workers=4, rank=4)),
-            r"cluster\.rank = 4 must be below cluster\.num_workers = 4",
+            r"cluster\.rank = 4 must be below the number of workers, 4",
+        ),
+        (
+            Config(cluster=ClusterConfig(num_workers=2, max_workers=4, rank=4)),
+            r"cluster\.rank = 4 must be below the number of workers, 4",
+        ),
+        (
+            Config(cluster=ClusterConfig(num_workers=3, max_workers=2)),
+            r"cluster\.max_workers = 2 is below cluster\.num_workers = 3",
+        ),
+        (
+            Config(
+                cluster=ClusterConfig(num_workers=2, max_workers=4),
+                membership=MembershipConfig(min_workers=3),
+            ),
+            r"membership\.min_workers = 3 is above cluster\.num_workers = 2",
         ),
         (
             Config(cluster=ClusterConfig(shards=TWO_SHARDS), server=ServerConfig(index=2)),
@@ -395,7 +455,10 @@ def test_a_missing_file_is_named() -> None:
         (Config(cluster=ClusterConfig(shards=("a:1", ""))), "not host:port"),
         (Config(cluster=ClusterConfig(shards=("a:1", "a:1"))), "its own address, not a:1"),
         (Config(cluster=ClusterConfig(shards=("a:0",))), "its own address, not a:0"),
-        (Config(cluster=ClusterConfig(num_workers=0)), "at least one is needed"),
+        (
+            Config(cluster=ClusterConfig(num_workers=0)),
+            r"cluster\.num_workers = 0 .* must be a whole number, at least 1",
+        ),
     ],
 )
 def test_a_contradiction_is_refused(config: Config, message: str) -> None:
@@ -405,8 +468,88 @@ def test_a_contradiction_is_refused(config: Config, message: str) -> None:
         load(environ=to_environment(config))
 
 
+def test_ranks_go_up_to_the_most_workers_that_there_may_be() -> None:
+    assert ClusterConfig(num_workers=3).num_ranks == 3
+    assert ClusterConfig(num_workers=3, max_workers=3).num_ranks == 3
+    assert ClusterConfig(num_workers=3, max_workers=5).num_ranks == 5
+    validate(Config(cluster=ClusterConfig(num_workers=3, max_workers=5, rank=4)))
+
+
+def test_a_job_may_need_all_the_workers_that_it_starts_with() -> None:
+    cluster = ClusterConfig(num_workers=3)
+    validate(Config(cluster=cluster, membership=MembershipConfig(min_workers=3)))
+
+
 def test_an_index_is_free_while_there_are_no_shards() -> None:
     validate(Config(server=ServerConfig(index=3)))
+
+
+# How gradients become updates
+
+MODES: tuple[Mode, ...] = ("sync", "bounded", "async", "local")
+
+
+@pytest.mark.parametrize(
+    ("modifier", "its_mode"),
+    [
+        (ConsistencyConfig(backup_workers=1), "sync"),
+        (ConsistencyConfig(staleness_scaling=True), "async"),
+        (ConsistencyConfig(delay_compensation=0.04), "async"),
+    ],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_modifier_goes_with_its_own_mode_only(
+    modifier: ConsistencyConfig, its_mode: Mode, mode: Mode
+) -> None:
+    config = Config(consistency=replace(modifier, mode=mode))
+    if mode == its_mode:
+        validate(config)
+    else:
+        with pytest.raises(ConfigError, match=f"goes with mode {its_mode}, not {mode}"):
+            validate(config)
+
+
+def test_two_modifiers_at_once_are_refused() -> None:
+    both = ConsistencyConfig(mode="async", staleness_scaling=True, delay_compensation=0.1)
+    with pytest.raises(ConfigError, match="answer the same question: choose one"):
+        validate(Config(consistency=both))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "num_backups", "allowed"),
+    [
+        (ClusterConfig(num_workers=3), 2, True),
+        (ClusterConfig(num_workers=3), 3, False),
+        (ClusterConfig(num_workers=2, max_workers=5), 4, True),
+        (ClusterConfig(num_workers=2, max_workers=5), 5, False),
+    ],
+)
+def test_an_update_waits_for_somebody(
+    cluster: ClusterConfig, num_backups: int, allowed: bool
+) -> None:
+    config = Config(cluster=cluster, consistency=ConsistencyConfig(backup_workers=num_backups))
+    if allowed:
+        validate(config)
+    else:
+        with pytest.raises(ConfigError, match=f"{num_backups} must be below the number of workers"):
+            validate(config)
+
+
+def test_a_bound_of_0_means_sync_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    config = load({"consistency.mode": "bounded", "consistency.bound": "0"}, environ={})
+    assert config.consistency == ConsistencyConfig(mode="sync")
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == "consistency.bound = 0: training is synchronous (mode sync)"
+    assert load(environ=to_environment(config)) == config
+    assert len(caplog.records) == 1  # once is enough: children are told what is meant
+
+
+@pytest.mark.parametrize(("mode", "bound"), [("bounded", "1"), ("sync", "0"), ("async", "0")])
+def test_no_other_bound_means_sync(mode: str, bound: str, caplog: pytest.LogCaptureFixture) -> None:
+    config = load({"consistency.mode": mode, "consistency.bound": bound}, environ={})
+    assert (config.consistency.mode, config.consistency.bound) == (mode, int(bound))
+    assert caplog.records == []
 
 
 # Addresses
@@ -510,9 +653,9 @@ def test_a_child_loads_what_its_launcher_had(
     seconds: float, seed: int, ports: set[int], deterministic: bool, run_dir: str
 ) -> None:
     config = Config(
-        job=configuration.JobConfig(seed=seed, run_dir=run_dir),
+        job=JobConfig(seed=seed, run_dir=run_dir),
         cluster=ClusterConfig(shards=tuple(f"10.0.0.1:{port}" for port in ports)),
-        consistency=configuration.ConsistencyConfig(deterministic=deterministic),
+        consistency=ConsistencyConfig(deterministic=deterministic),
         rpc=RpcConfig(reconnect_seconds=seconds),
     )
     assert load(environ=to_environment(config)) == config
@@ -551,7 +694,5 @@ def test_the_page_tells_all_names_the_default_and_the_meaning(sample: Sample) ->
     assert cells[2] == (f"`{sample.flag}`" if sample.flag else "")
     assert len(cells) == 6
     assert cells[5].endswith(".")
-    if sample.key.endswith("_seconds"):
-        assert "Seconds" in cells[5]
     if sample.key.endswith("_bytes"):
         assert "Bytes" in cells[5]

@@ -14,7 +14,9 @@ CONTRACT = [
     ("DataLossError", False, 1, "DATA_LOSS"),
     ("JobFailedError", False, 1, "ABORTED"),
     ("ShardUnreachableError", True, 3, "UNAVAILABLE"),
+    ("EvictedError", True, 3, "PERMISSION_DENIED"),
     ("JoinTimeoutError", False, 1, "DEADLINE_EXCEEDED"),
+    ("JobOverError", False, 0, "INTERNAL"),
     ("NonFiniteError", False, 1, "INTERNAL"),
 ]
 ON_THE_WIRE = [(name, status) for name, _, _, status in CONTRACT if status != "INTERNAL"]
@@ -86,7 +88,7 @@ def test_codes_that_only_grpc_sends_have_a_class_too(
     assert type(error_from(code, "why")) is kind
 
 
-@pytest.mark.parametrize("name", ["UNKNOWN", "INTERNAL", "PERMISSION_DENIED", "OUT_OF_RANGE"])
+@pytest.mark.parametrize("name", ["UNKNOWN", "INTERNAL", "UNAUTHENTICATED", "OUT_OF_RANGE"])
 def test_a_code_outside_the_table_is_named_and_not_retried(name: str) -> None:
     error = error_from(grpc.StatusCode[name], "it broke")
     assert type(error) is ShardlineError
@@ -98,6 +100,14 @@ def test_every_code_but_ok_gives_an_error() -> None:
     for code in grpc.StatusCode:
         if code is not grpc.StatusCode.OK:
             assert isinstance(error_from(code, "why"), ShardlineError)
+
+
+def test_a_worker_told_to_end_exits_by_the_code_that_asks_for_a_replacement() -> None:
+    with pytest.raises(SystemExit) as caught:
+        raise errors.Preempted
+    assert caught.value.code == 75
+    # `except Exception` in a script must not let it go on.
+    assert not isinstance(caught.value, Exception)
 
 
 def test_success_has_no_error() -> None:

@@ -1,4 +1,5 @@
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from ps_core.job import PROTOCOL, Job, first_difference
 from ps_core.optim_spec import OptimizerSpec
 from ps_core.plan import ParameterSpec, make_plan
+from ps_core.settings import ConsistencyConfig
 
 F32 = torch.float32
 WEIGHT = ParameterSpec("weight", F32, (30, 50), 0)
@@ -19,19 +21,31 @@ JOB = Job(
     part_bytes=1024,
     bucket_bytes=4096,
     optimizer=SGD,
-    mode="sync",
-    deterministic=False,
+    consistency=ConsistencyConfig(),
 )
+
+
+def differing(**changes: Any) -> Job:  # noqa: ANN401 - of any field's type
+    return replace(JOB, consistency=replace(JOB.consistency, **changes))
+
+
 FROZEN_GROUP = {"lr": 0.1, "nesterov": False, "momentum": 0.9}
 
 # What differs, and the sentence a user reads: written out by hand.
 DIFFERENCES = [
-    (replace(JOB, protocol=2), "protocol is 1 here and 2 there"),
+    (replace(JOB, protocol=1), "protocol is 2 here and 1 there"),
     (replace(JOB, job_id="other"), "job id is 'digits' here and 'other' there"),
     (replace(JOB, num_shards=4), "num shards is 2 here and 4 there"),
     (replace(JOB, num_workers=4), "num workers is 3 here and 4 there"),
-    (replace(JOB, mode="async"), "mode is 'sync' here and 'async' there"),
-    (replace(JOB, deterministic=True), "deterministic is False here and True there"),
+    (differing(mode="async"), "mode is 'sync' here and 'async' there"),
+    (differing(backup_workers=1), "backup workers is 0 here and 1 there"),
+    (differing(bound=5), "bound is 3 here and 5 there"),
+    (differing(staleness_scaling=True), "staleness scaling is False here and True there"),
+    (differing(delay_compensation=0.5), "delay compensation is 0.0 here and 0.5 there"),
+    (differing(local_steps=20), "local steps is 10 here and 20 there"),
+    (differing(outer_lr=0.5), "outer lr is 0.7 here and 0.5 there"),
+    (differing(outer_momentum=0.0), "outer momentum is 0.9 here and 0.0 there"),
+    (differing(deterministic=True), "deterministic is False here and True there"),
     (replace(JOB, part_bytes=2048), "part_bytes is 1024 here and 2048 there"),
     (replace(JOB, bucket_bytes=1), "bucket_bytes is 4096 here and 1 there"),
     (
@@ -99,6 +113,17 @@ def test_every_field_of_a_job_is_compared() -> None:
     assert changed == set(Job.__dataclass_fields__)
 
 
+def test_every_field_of_the_consistency_is_compared() -> None:
+    names = {field.name for field in fields(ConsistencyConfig)}
+    changed = {
+        name
+        for other, _ in DIFFERENCES
+        for name in names
+        if getattr(other.consistency, name) != getattr(JOB.consistency, name)
+    }
+    assert changed == names
+
+
 def test_a_job_described_twice_has_no_difference() -> None:
     again = replace(
         JOB,
@@ -113,7 +138,7 @@ def test_the_most_telling_difference_comes_first() -> None:
     said = first_difference(JOB, other)
     assert said is not None
     assert said.startswith("parameter 0 is 'weight")
-    assert first_difference(JOB, replace(other, protocol=9)) == "protocol is 1 here and 9 there"
+    assert first_difference(JOB, replace(other, protocol=9)) == "protocol is 2 here and 9 there"
 
 
 def test_the_plan_is_that_of_the_jobs_sizes_and_made_once() -> None:
@@ -122,4 +147,4 @@ def test_the_plan_is_that_of_the_jobs_sizes_and_made_once() -> None:
 
 
 def test_a_job_speaks_this_releases_protocol() -> None:
-    assert JOB.protocol == PROTOCOL
+    assert JOB.protocol == PROTOCOL == 2

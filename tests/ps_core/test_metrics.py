@@ -1,4 +1,5 @@
 import itertools
+import math
 import socket
 import threading
 import urllib.error
@@ -22,6 +23,7 @@ from ps_core.errors import (
     ShardlineError,
     status_of,
 )
+from ps_core.lead_metrics import LeadMetrics
 from ps_core.metrics import REGISTRY, Endpoint, ShardMetrics, WorkerMetrics, start_endpoint
 
 LOCAL = "127.0.0.1"
@@ -35,20 +37,35 @@ CONTRACT = {
     ("shardline_steps", "counter", ("worker",)),
     ("shardline_samples", "counter", ("worker",)),
     ("shardline_nonfinite_steps", "counter", ("worker",)),
+    ("shardline_refused_steps", "counter", ("worker",)),
+    ("shardline_reconnects", "counter", ("worker", "shard")),
     ("shardline_worker_pushed_bytes", "counter", ("worker", "shard")),
     ("shardline_worker_pulled_bytes", "counter", ("worker", "shard")),
     ("shardline_shard_received_bytes", "counter", ("shard",)),
     ("shardline_shard_sent_bytes", "counter", ("shard",)),
     ("shardline_shard_parts", "counter", ("shard",)),
     ("shardline_shard_duplicate_parts", "counter", ("shard",)),
+    ("shardline_shard_refused_parts", "counter", ("shard",)),
     ("shardline_shard_updates", "counter", ("shard", "mode")),
     ("shardline_shard_version", "gauge", ("shard",)),
     ("shardline_shard_parameter_bytes", "gauge", ("shard",)),
     ("shardline_apply_seconds", "histogram", ("shard",)),
     ("shardline_worker_clock", "gauge", ("shard", "worker")),
+    ("shardline_worker_lag_seconds", "gauge", ("shard", "worker")),
+    ("shardline_staleness_versions", "histogram", ("shard",)),
+    ("shardline_quorum_wait_seconds", "histogram", ("shard",)),
     ("shardline_live_workers", "gauge", ("shard",)),
     ("shardline_hyperparameter_differences", "counter", ("shard",)),
     ("shardline_refused_frames", "counter", ("shard", "reason")),
+    # Of the lead only.
+    ("shardline_evictions", "counter", ("reason",)),
+    ("shardline_preemptions", "counter", ()),
+    ("shardline_joins", "counter", ()),
+    ("shardline_leases", "gauge", ("state",)),
+    ("shardline_straggler_ratio", "gauge", ("worker",)),
+    ("shardline_straggler", "gauge", ("worker", "phase")),
+    ("shardline_membership_epoch", "gauge", ()),
+    ("shardline_paused", "gauge", ()),
 }
 
 
@@ -81,6 +98,7 @@ def endpoint() -> Iterator[Endpoint]:
 
 
 def test_every_metric_has_our_prefix_a_meaning_and_the_promised_labels() -> None:
+    LeadMetrics()
     declared = {
         (family.name, family.type, family.documentation)
         for family in REGISTRY.collect()
@@ -93,7 +111,10 @@ def test_every_metric_has_our_prefix_a_meaning_and_the_promised_labels() -> None
 
 def test_series_carry_the_promised_labels(number: int, endpoint: Endpoint) -> None:
     WorkerMetrics(number, num_shards=1)
-    ShardMetrics(number, "sync").set_clock(rank=0, step=0)
+    shard = ShardMetrics(number, "sync")
+    shard.set_clock(rank=0, step=0)
+    shard.lag(rank=0, seconds=0.0)
+    LeadMetrics().no_straggler(number)
     promised = {name: set(labels) for name, _, labels in CONTRACT}
     seen: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(scrape(endpoint)):
@@ -107,11 +128,14 @@ def test_series_carry_the_promised_labels(number: int, endpoint: Endpoint) -> No
 def test_names_carry_base_units() -> None:
     for name, kind, _ in CONTRACT:
         if kind == "histogram":
-            assert name.endswith("_seconds")
+            assert name.endswith(("_seconds", "_versions"))
         assert not name.endswith(("_ms", "_milliseconds", "_mb", "_kilobytes"))
 
 
-@pytest.mark.parametrize("name", ["shardline_step_seconds", "shardline_apply_seconds"])
+@pytest.mark.parametrize(
+    "name",
+    ["shardline_step_seconds", "shardline_apply_seconds", "shardline_quorum_wait_seconds"],
+)
 def test_buckets_reach_from_100_microseconds_to_a_minute(name: str, number: int) -> None:
     WorkerMetrics(number, num_shards=0)
     ShardMetrics(number, "sync")
@@ -127,12 +151,13 @@ def test_buckets_reach_from_100_microseconds_to_a_minute(name: str, number: int)
 
 def test_every_series_of_a_worker_starts_at_zero(number: int) -> None:
     WorkerMetrics(number, num_shards=2)
-    for name in ("steps", "samples", "nonfinite_steps"):
+    for name in ("steps", "samples", "nonfinite_steps", "refused_steps"):
         assert value(f"shardline_{name}_total", worker=number) == 0
     for shard in range(2):
         for name in ("pushed", "pulled"):
             counter = f"shardline_worker_{name}_bytes_total"
             assert value(counter, worker=number, shard=shard) == 0
+        assert value("shardline_reconnects_total", worker=number, shard=shard) == 0
     for phase in ("data", "forward", "backward", "exchange"):
         assert value("shardline_step_seconds_count", worker=number, phase=phase) == 0
 
@@ -142,6 +167,8 @@ def test_a_worker_counts_steps_samples_bytes_and_time(number: int) -> None:
     metrics.finished_step(32)
     metrics.finished_step(16)
     metrics.nonfinite_step()
+    metrics.refused_step()
+    metrics.refused_step()
     metrics.pushed(1, 100)
     metrics.pushed(1, 20)
     metrics.pulled(0, 7)
@@ -150,6 +177,7 @@ def test_a_worker_counts_steps_samples_bytes_and_time(number: int) -> None:
     assert value("shardline_steps_total", worker=number) == 2
     assert value("shardline_samples_total", worker=number) == 48
     assert value("shardline_nonfinite_steps_total", worker=number) == 1
+    assert value("shardline_refused_steps_total", worker=number) == 2
     assert value("shardline_worker_pushed_bytes_total", worker=number, shard=1) == 120
     assert value("shardline_worker_pushed_bytes_total", worker=number, shard=0) == 0
     assert value("shardline_worker_pulled_bytes_total", worker=number, shard=0) == 7
@@ -157,10 +185,20 @@ def test_a_worker_counts_steps_samples_bytes_and_time(number: int) -> None:
     assert value("shardline_step_seconds_count", worker=number, phase="forward") == 0
 
 
+def test_a_worker_counts_reconnects_per_shard(number: int) -> None:
+    metrics = WorkerMetrics(number, num_shards=2)
+    for shard in (1, 0, 1):
+        metrics.reconnected(shard)
+    counts = [value("shardline_reconnects_total", worker=number, shard=s) for s in range(2)]
+    assert counts == [1, 2]
+
+
 def test_every_counter_of_a_shard_starts_at_zero(number: int) -> None:
     ShardMetrics(number, "sync")
-    for name in ("received_bytes", "sent_bytes", "parts", "duplicate_parts"):
+    for name in ("received_bytes", "sent_bytes", "parts", "duplicate_parts", "refused_parts"):
         assert value(f"shardline_shard_{name}_total", shard=number) == 0
+    for name in ("apply_seconds", "staleness_versions", "quorum_wait_seconds"):
+        assert value(f"shardline_{name}_count", shard=number) == 0
     assert value("shardline_shard_updates_total", shard=number, mode="sync") == 0
     assert value("shardline_hyperparameter_differences_total", shard=number) == 0
     for reason in REASONS.values():
@@ -180,6 +218,49 @@ def test_a_shard_counts_parts_and_bytes_in_and_out(number: int) -> None:
     assert value("shardline_shard_sent_bytes_total", shard=number) == 512
     assert value("shardline_apply_seconds_count", shard=number) == 1
     assert value("shardline_apply_seconds_sum", shard=number) == 0.002
+
+
+def test_a_shard_counts_parts_that_came_too_late(number: int) -> None:
+    metrics = ShardMetrics(number, "sync")
+    metrics.refused_parts(3)
+    metrics.refused_parts(0)
+    metrics.refused_parts(1)
+    assert value("shardline_shard_refused_parts_total", shard=number) == 4
+
+
+def test_staleness_is_counted_in_powers_of_two(number: int) -> None:
+    metrics = ShardMetrics(number, "async")
+    for versions in (0, 0, 1, 2, 3, 4, 5, 300):
+        metrics.stale(versions)
+    upto = {0: 2, 1: 3, 2: 4, 4: 6, 8: 7, 16: 7, 32: 7, 64: 7, 128: 7, 256: 7, math.inf: 8}
+    for edge, count in upto.items():
+        le = "+Inf" if edge == math.inf else f"{edge:.1f}"
+        assert value("shardline_staleness_versions_bucket", shard=number, le=le) == count
+    assert value("shardline_staleness_versions_sum", shard=number) == 315
+
+
+def test_a_shard_counts_how_long_an_update_waited_for_its_last_worker(number: int) -> None:
+    metrics = ShardMetrics(number, "sync")
+    metrics.quorum_waited(0.0)
+    metrics.quorum_waited(0.75)
+    assert value("shardline_quorum_wait_seconds_count", shard=number) == 2
+    assert value("shardline_quorum_wait_seconds_sum", shard=number) == 0.75
+
+
+def test_a_worker_that_is_gone_is_shown_no_more_and_may_come_back(number: int) -> None:
+    metrics = ShardMetrics(number, "sync")
+    for rank in (1, 2):
+        metrics.set_clock(rank, 5)
+        metrics.lag(rank, 0.5)
+    metrics.forget(1)
+    metrics.forget(1)
+    metrics.forget(3)
+    for name in ("shardline_worker_clock", "shardline_worker_lag_seconds"):
+        assert value(name, shard=number, worker=1) is None
+    assert value("shardline_worker_clock", shard=number, worker=2) == 5
+    assert value("shardline_worker_lag_seconds", shard=number, worker=2) == 0.5
+    metrics.lag(1, 0.25)
+    assert value("shardline_worker_lag_seconds", shard=number, worker=1) == 0.25
 
 
 def test_a_shard_shows_what_it_holds_and_who_is_there(number: int) -> None:

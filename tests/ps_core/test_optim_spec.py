@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,11 +12,14 @@ from ps_core.optim_spec import (
     Hyperparameters,
     OptimizerSpec,
     build,
+    check_consistency,
+    check_norm,
     describe,
     local_hyperparameters,
     read_groups,
     same_kind,
 )
+from ps_core.settings import ConsistencyConfig
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HALF = [torch.bfloat16, torch.float16]
@@ -70,6 +74,42 @@ def test_no_optimizer_of_torch_is_forgotten() -> None:
     }
     refused = {"LBFGS", "ASGD", "Rprop", "Adafactor", "SparseAdam", "Muon", "Optimizer"}
     assert classes == {*OPTIMIZERS, *refused}
+
+
+# -- Clipping and consistency ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [None, 1e-30, 1.0, 1e30])
+def test_a_gradient_can_be_clipped_to_any_positive_norm_or_not_at_all(norm: float | None) -> None:
+    check_norm(norm)
+    assert describe(torch.optim.SGD(parameters(), lr=0.1), norm).max_grad_norm == norm
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, math.inf, math.nan])
+def test_a_norm_to_which_nothing_can_be_clipped_is_refused(norm: float) -> None:
+    with pytest.raises(UsageError, match="give a positive number or None"):
+        check_norm(norm)
+    with pytest.raises(UsageError, match="give a positive number or None"):
+        describe(torch.optim.SGD(parameters(), lr=0.1), norm)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_delay_compensation_is_for_sgd_and_every_other_modifier_for_all(name: str) -> None:
+    spec = OptimizerSpec(name, ({"lr": 0.1},))
+    for consistency in (
+        ConsistencyConfig(),
+        ConsistencyConfig(backup_workers=1),
+        ConsistencyConfig("bounded"),
+        ConsistencyConfig("async", staleness_scaling=True),
+        ConsistencyConfig("local"),
+    ):
+        check_consistency(spec, consistency)
+    compensated = ConsistencyConfig("async", delay_compensation=0.5)
+    if name == "SGD":
+        check_consistency(spec, compensated)
+    else:
+        with pytest.raises(UsageError, match=f"derived for SGD, and {name} scales"):
+            check_consistency(spec, compensated)
 
 
 # -- Reading hyperparameters -----------------------------------------------------------------------

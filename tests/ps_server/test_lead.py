@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ps_core.errors import UsageError
-from ps_core.exchange import Purpose
-from ps_server import lead
-from ps_server.lead import Arrival, Factor, Lead, Membership, Met
+from ps_core.exchange import Arrival, Purpose
+from ps_server import lead, orders
+from ps_server.lead import Lead
+from ps_server.orders import Factor, Membership, Met
+from ps_server.policy import SYNC
+from ps_server.terms import Terms
 from tests.ps_server.scenario import FOLDER, play
 
 SCENARIOS = sorted(FOLDER.glob("lead_*.txt"))
@@ -29,9 +32,10 @@ def test_every_rule_has_a_scenario() -> None:
 
 def met_lead(num_workers: int, max_grad_norm: float | None = None, num_shards: int = 1) -> Lead:
     """A lead whose workers have met for the first time."""
-    started = Lead(num_workers, frozenset(range(num_shards)), max_grad_norm, deadline=60.0)
+    terms = Terms(num_workers, deadline=60.0)
+    started = Lead(terms, SYNC, frozenset(range(num_shards)), max_grad_norm)
     for worker in range(num_workers):
-        started.join(worker, incarnation=worker)
+        started.join(worker, incarnation=1 + worker)
     for worker in range(num_workers):
         started.meet(worker, Arrival(Purpose.START, 0))
     return started
@@ -48,7 +52,7 @@ def test_the_factor_is_that_of_clip_grad_norm(
     gradients: list[list[float]], max_grad_norm: float
 ) -> None:
     started = met_lead(1, max_grad_norm, len(gradients))
-    effects: list[lead.Effect] = []
+    effects: list[orders.Effect] = []
     for shard, gradient in enumerate(gradients):
         effects += started.squares(shard, 0, sum(value * value for value in gradient))
     (effect,) = effects
@@ -75,7 +79,7 @@ def test_means_are_weighted_and_the_same_whoever_comes_first(
     ranks = list(range(len(brought)))
     chance.shuffle(ranks)  # type: ignore[attr-defined]  # hypothesis gives a random.Random
     started = met_lead(len(brought))
-    effects: list[lead.Effect] = []
+    effects: list[orders.Effect] = []
     for rank in ranks:
         weight, *values = brought[rank]
         effects += started.meet(rank, Arrival(Purpose.MEAN, 3, tuple(values), weight))
@@ -104,7 +108,7 @@ def test_whatever_workers_do_epochs_count_up_and_name_the_members(
                 effects = started.meet(rank, Arrival(Purpose.EPOCH, 1))
                 waiting.add(rank)
             case _:
-                effects = started.leave(rank, "")
+                effects = started.leave(rank, "finished")
                 absent.add(rank)
                 waiting.discard(rank)
         members.discard(rank)
@@ -116,11 +120,11 @@ def test_whatever_workers_do_epochs_count_up_and_name_the_members(
                 epoch += 1
                 assert effect.epoch == epoch
         told = [effect.members for effect in effects if isinstance(effect, Membership)]
-        assert not told or told[-1] == members
+        assert not told or set(told[-1]) == members
         assert {e.worker for e in effects if isinstance(e, Met)} == (
             members if has_ended else set()
         )
-        assert {rank for rank in range(4) if started.state(rank) == "member"} == members
+        assert started.members == members
 
 
 # -- Meetings of little weight, and refused ones ---------------------------------------------------
@@ -149,5 +153,7 @@ def test_a_refused_meeting_changes_nothing() -> None:
     started.meet(0, Arrival(Purpose.EPOCH, 4))
     with pytest.raises(UsageError):
         started.meet(1, Arrival(Purpose.MEAN, 4, (1.0,)))
-    assert started.state(1) == "member"
-    assert started.idle(1) == [Membership(3, frozenset({2}))]
+    assert started.members == {1, 2}
+    [membership] = started.idle(1)
+    assert isinstance(membership, Membership)
+    assert (membership.epoch, set(membership.members)) == (3, {2})

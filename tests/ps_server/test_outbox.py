@@ -32,3 +32,12 @@ def test_an_error_comes_after_what_was_put_before_it() -> None:
         return first
 
     assert asyncio.run(drain()) == b"first"
+
+
+def test_the_first_error_is_the_one_that_counts() -> None:
+    outbox = Outbox()
+    assert outbox.failure is None
+    first = JobFailedError("worker 1 died")
+    outbox.fail(first)
+    outbox.fail(JobFailedError("worker 2 died"))
+    assert outbox.failure is first

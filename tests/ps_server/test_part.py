@@ -8,14 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ps_core.optim_spec import OptimizerSpec
+from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import ParameterSpec, Part, make_plan
 from ps_server.part import PartState
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 FLOATS = [F32, F64, BF16, F16]
 PLAIN = OptimizerSpec("SGD", ({"lr": 1.0},))
-LR = {"lr": 1.0}
+LR: Hyperparameters = {"lr": 1.0}
 BOTH = [False, True]
 
 
@@ -31,9 +31,7 @@ def make_state(
     deterministic: bool = False,
     optimizer: OptimizerSpec = PLAIN,
 ) -> PartState:
-    return PartState(
-        make_part(*(sizes or (64,)), dtype=dtype), optimizer, deterministic=deterministic
-    )
+    return PartState(make_part(*(sizes or (64,)), dtype=dtype), optimizer, keep=deterministic)
 
 
 def full(value: float, dtype: torch.dtype = F32) -> torch.Tensor:
@@ -41,11 +39,13 @@ def full(value: float, dtype: torch.dtype = F32) -> torch.Tensor:
 
 
 def mean_of(
-    state: PartState, contributions: Sequence[tuple[int, int, torch.Tensor]]
+    state: PartState,
+    contributions: Sequence[tuple[int, int, torch.Tensor]],
+    group: Hyperparameters = LR,
 ) -> torch.Tensor:
     """The mean of (rank, samples, gradient) contributed in this order."""
     for rank, samples, gradient in contributions:
-        state.contribute(rank, state.version, samples, [True] * len(state.part.slices), gradient)
+        state.contribute(rank, samples, group, [True] * len(state.part.slices), gradient)
     state.average()
     assert state.mean is not None
     return state.mean
@@ -119,11 +119,11 @@ def test_a_single_contribution_is_used_bit_for_bit(deterministic: bool, dtype: t
     gradient[0] = -0.0  # adding it to 0.0 would lose the sign
     bits = gradient.clone()
     state = make_state(dtype=dtype, deterministic=deterministic)
-    state.abstain(0, 0)
+    state.abstain(0)
     mean = mean_of(state, [(1, 49, gradient)])  # (g * 49) / 49 would not be g
     assert torch.equal(mean, bits)
     assert mean[0].signbit()
-    state.apply(LR)
+    state.apply(state.version)
     assert torch.equal(state.parameters, -bits)
 
 
@@ -193,8 +193,9 @@ def test_the_gradients_that_are_given_are_only_read(
     optimizer = OptimizerSpec("SGD", ({"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1},))
     state = make_state(dtype=dtype, deterministic=deterministic, optimizer=optimizer)
     for _ in range(2):
-        mean_of(state, [(rank, rank + 1, gradient) for rank, gradient in enumerate(gradients)])
-        state.apply(optimizer.groups[0], factor=0.5)
+        contributions = [(rank, rank + 1, gradient) for rank, gradient in enumerate(gradients)]
+        mean_of(state, contributions, optimizer.groups[0])
+        state.apply(state.version, factor=0.5)
     assert all(torch.equal(a, b) for a, b in zip(gradients, copies, strict=True))
     # Their memory may be that of immutable bytes: not even the same value is written.
     assert [gradient._version for gradient in gradients] == versions
@@ -207,37 +208,37 @@ def test_the_gradients_that_are_given_are_only_read(
 def test_every_update_starts_from_nothing(deterministic: bool) -> None:
     state = make_state(deterministic=deterministic)
     mean_of(state, [(0, 1, full(2.0)), (1, 1, full(4.0))])
-    state.apply(LR)
+    state.apply(state.version)
     assert (state.version, state.acted, state.mean, state.averaged) == (1, {}, None, False)
     assert mean_of(state, [(1, 5, full(1.0)), (0, 5, full(3.0))]).tolist() == [2.0] * 64
-    state.apply(LR)
+    state.apply(state.version)
     assert state.parameters.tolist() == [-5.0] * 64
     assert mean_of(state, [(1, 5, full(7.0))]).tolist() == [7.0] * 64
-    state.apply(LR)
+    state.apply(state.version)
     assert state.version == 3
 
 
 def test_the_ledger_keeps_each_workers_last_step_across_updates() -> None:
     state = make_state()
     mean_of(state, [(0, 2, full(1.0))])
-    state.abstain(3, 0)
-    state.apply(LR)
+    state.abstain(3)
+    state.apply(state.version)
     mean_of(state, [(3, 2, full(1.0))])
     assert state.acted == {3: 2}
-    state.apply(LR)
+    state.apply(state.version)
     assert state.last_step == {0: 0, 3: 1}
 
 
 @pytest.mark.parametrize("deterministic", BOTH)
 def test_abstaining_adds_neither_samples_nor_gradient(deterministic: bool) -> None:
     state = make_state(deterministic=deterministic)
-    state.abstain(0, 0)
-    state.contribute(1, 0, 2, [True], full(6.0))
-    state.abstain(2, 0)
-    state.contribute(3, 0, 1, [True], full(3.0))
+    state.abstain(0)
+    state.contribute(1, 2, LR, [True], full(6.0))
+    state.abstain(2)
+    state.contribute(3, 1, LR, [True], full(3.0))
     assert state.acted == {0: 0, 1: 2, 2: 0, 3: 1}
     state.average()
-    state.apply(LR)
+    state.apply(state.version)
     assert state.parameters.tolist() == [-5.0] * 64
 
 
@@ -247,11 +248,11 @@ def test_when_all_abstain_the_version_advances_and_nothing_else(deterministic: b
     state = make_state(deterministic=deterministic, optimizer=optimizer)
     state.parameters.fill_(2.0)
     for rank in range(2):
-        state.abstain(rank, 0)
+        state.abstain(rank)
     state.average()
     assert state.mean is None
     assert state.squares() == 0.0
-    state.apply(optimizer.groups[0], factor=0.5)
+    state.apply(state.version, factor=0.5)
     assert state.version == 1
     assert state.parameters.tolist() == [2.0] * 64
     assert list(state.optimizer.read_state()) == []
@@ -264,9 +265,9 @@ def test_a_slice_that_nobody_has_a_gradient_for_is_skipped(deterministic: bool) 
     state.parameters.fill_(2.0)
     gradient = torch.cat([torch.zeros(64), torch.ones(64)])
     for rank in range(2):
-        state.contribute(rank, 0, 1, [False, True], gradient)
+        state.contribute(rank, 1, optimizer.groups[0], [False, True], gradient)
     state.average()
-    state.apply(optimizer.groups[0])
+    state.apply(state.version)
     assert state.parameters[:64].tolist() == [2.0] * 64  # a zero gradient would have decayed it
     assert (state.parameters[64:] < 2.0).all()
     assert {index for index, _, _ in state.optimizer.read_state()} == {1}
@@ -286,9 +287,9 @@ def test_a_gradient_that_one_worker_has_is_averaged_over_the_samples_of_all(
     ]
     for rank in (first, 1 - first):
         present, gradient = given_by[rank]
-        state.contribute(rank, 0, 1, present, gradient)
+        state.contribute(rank, 1, LR, present, gradient)
     state.average()
-    state.apply(LR)
+    state.apply(state.version)
     assert state.parameters[:64].tolist() == [-2.5] * 64
     assert state.parameters[64:].tolist() == [-4.0] * 64
 
@@ -296,11 +297,11 @@ def test_a_gradient_that_one_worker_has_is_averaged_over_the_samples_of_all(
 def test_presence_is_forgotten_after_the_update() -> None:
     state = make_state(64, 64, optimizer=OptimizerSpec("SGD", ({"lr": 1.0, "weight_decay": 0.5},)))
     state.parameters.fill_(1.0)
-    hyperparameters = {"lr": 1.0, "weight_decay": 0.5}
-    for step, present in enumerate(([True, True], [True, False])):
-        state.contribute(0, step, 1, present, torch.zeros(128))
+    hyperparameters: Hyperparameters = {"lr": 1.0, "weight_decay": 0.5}
+    for present in ([True, True], [True, False]):
+        state.contribute(0, 1, hyperparameters, present, torch.zeros(128))
         state.average()
-        state.apply(hyperparameters)
+        state.apply(state.version)
     assert state.parameters[0] == 0.25
     assert state.parameters[64] == 0.5
 
@@ -327,7 +328,7 @@ def test_the_factor_scales_the_mean_and_not_what_was_given(deterministic: bool) 
     given = full(8.0)
     state = make_state(deterministic=deterministic)
     mean_of(state, [(0, 3, given)])
-    state.apply(LR, factor=0.25)
+    state.apply(state.version, factor=0.25)
     assert state.parameters.tolist() == [-2.0] * 64
     assert given.tolist() == [8.0] * 64
 
@@ -335,8 +336,85 @@ def test_the_factor_scales_the_mean_and_not_what_was_given(deterministic: bool) 
 def test_the_parameters_are_updated_in_place() -> None:
     state = make_state()
     address = state.parameters.data_ptr()
-    for step in range(2):
-        state.contribute(0, step, 1, [True], full(1.0))
+    for _ in range(2):
+        state.contribute(0, 1, LR, [True], full(1.0))
         state.average()
-        state.apply(LR)
+        state.apply(state.version)
     assert state.parameters.data_ptr() == address
+
+
+# -- Whose hyperparameters, and whose contributions ------------------------------------------------
+
+
+@pytest.mark.parametrize("deterministic", BOTH)
+def test_the_hyperparameters_are_those_of_the_lowest_rank_that_contributed(
+    deterministic: bool,
+) -> None:
+    state = make_state(deterministic=deterministic)
+    state.abstain(0)
+    for rank, lr in ((2, 10.0), (1, 0.5)):
+        state.contribute(rank, 1, {"lr": lr}, [True], full(4.0))
+    state.average()
+    state.apply(state.version)
+    assert state.parameters.tolist() == [-2.0] * 64
+
+
+def test_contributions_that_were_kept_can_be_dropped_and_the_divisor_is_what_was_used() -> None:
+    state = make_state(deterministic=True)
+    for rank, samples, value in ((0, 1, 8.0), (1, 3, 4.0), (2, 100, 1e6)):
+        state.contribute(rank, samples, LR, [True], full(value))
+    assert state.drop_others({0, 1}) == 1
+    state.average()
+    state.apply(state.version)
+    assert state.parameters.tolist() == [-5.0] * 64  # (1 * 8 + 3 * 4) / 4
+    assert state.last_step == {0: 0, 1: 0}, "the ledger changes with the update"
+
+
+# -- Gradients that do not know of the latest updates ----------------------------------------------
+
+
+def test_staleness_counts_the_updates_since_the_worker_was_sent_the_part() -> None:
+    state = make_state()
+    state.pull(0, copy=False)
+    assert state.staleness(0) == 0
+    for expected in (1, 2):
+        mean_of(state, [(1, 1, full(1.0))])
+        state.apply(state.version)
+        assert state.staleness(0) == expected
+    state.pull(0, copy=False)
+    assert state.staleness(0) == 0
+    assert state.staleness(5) == 0, "one that was never sent it has nothing to be behind of"
+
+
+def test_delay_compensation_is_the_formula_of_dc_asgd_on_the_raw_gradient() -> None:
+    spec = OptimizerSpec("SGD", ({"lr": 0.5, "momentum": 0.9},))
+    state = make_state(optimizer=spec)
+    state.parameters.copy_(torch.linspace(-1, 1, 64))
+    pulled = state.parameters.clone()
+    state.pull(0, copy=True)
+    mean_of(state, [(1, 1, full(0.25))], spec.groups[0])
+    state.apply(state.version)
+    current = state.parameters.clone()
+    (gradient,) = random_gradients(1)
+    state.contribute(0, 1, spec.groups[0], [True], gradient)
+    state.compensate(0, 0.3)
+    state.average()
+    state.apply(state.version)
+    # Zheng et al. 2017: g + lambda * g * g * (w - w_pulled); then momentum, as torch does it.
+    corrected = gradient + 0.3 * gradient * gradient * (current - pulled)
+    expected = current - 0.5 * (0.9 * full(0.25) + corrected)
+    torch.testing.assert_close(state.parameters, expected)
+    assert (current < pulled).all(), "so the sign of current minus pulled is told apart"
+
+
+def test_without_other_updates_delay_compensation_changes_no_bit() -> None:
+    (gradient,) = random_gradients(1)
+    plain, compensated = make_state(), make_state()
+    for state in (plain, compensated):
+        state.pull(0, copy=True)
+        state.contribute(0, 1, LR, [True], gradient)
+        if state is compensated:
+            state.compensate(0, 0.7)
+        state.average()
+        state.apply(state.version)
+    assert torch.equal(plain.parameters, compensated.parameters)

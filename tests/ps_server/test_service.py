@@ -21,9 +21,11 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from ps_core import codec
+from ps_core import codec, dialogue
+from ps_core.leases import PassSpec
 from ps_core.optim_spec import OptimizerSpec
 from ps_core.plan import ParameterSpec
+from ps_core.settings import ConsistencyConfig
 from ps_core.v1 import lead_pb2, shard_pb2, tensor_pb2
 from ps_core.v1.shard_pb2 import ExchangeRequest, JobSpec, LoadRequest
 from tests.processes import PATIENCE_SECONDS, Fleet, Process
@@ -171,12 +173,23 @@ DISAGREEMENTS: dict[str, tuple[dict[str, Any], str]] = {
         {"optimizer": replace(SGD, max_grad_norm=1.0)},
         "max_grad_norm is None here and 1.0 there",
     ),
-    "num_workers": ({"num_workers": 3}, "num workers is 2 here and 3 there"),
+    "num_workers": ({"num_workers": 1}, "num workers is 2 here and 1 there"),
+    "more workers": ({"num_workers": 3}, "the job starts with 3 workers and shard 0 admits 2"),
     "num_shards": ({"num_shards": 3}, "number of shards is 2 on shard 0 and 3 on the worker"),
-    "protocol": ({"protocol": 2}, "protocol is 1 on shard 0 and 2 on the worker"),
+    "protocol": ({"protocol": 1}, "protocol is 2 on shard 0 and 1 on the worker"),
     "job_id": ({"job_id": "else"}, "job id is 'shardline' on shard 0 and 'else' on the worker"),
-    "mode": ({"mode": "async"}, "mode is 'sync' on shard 0 and 'async' on the worker"),
-    "deterministic": ({"deterministic": True}, "deterministic is False here and True there"),
+    "mode": (
+        {"consistency": ConsistencyConfig("async")},
+        "mode is 'sync' on shard 0 and 'async' on the worker",
+    ),
+    "backup_workers": (
+        {"consistency": ConsistencyConfig(backup_workers=1)},
+        "backup workers is 0 here and 1 there",
+    ),
+    "deterministic": (
+        {"consistency": ConsistencyConfig(deterministic=True)},
+        "deterministic is False here and True there",
+    ),
     "part_bytes": ({"part_bytes": 1024}, "part_bytes is 512 here and 1024 there"),
     "bucket_bytes": ({"bucket_bytes": 2**21}, "bucket_bytes is 1048576 here and 2097152 there"),
 }
@@ -215,16 +228,8 @@ def test_a_rank_beyond_the_job_is_refused(job: HandJob) -> None:
     request.worker.rank = 2
     assert lead(job).refusal("Join", request) == (
         StatusCode.FAILED_PRECONDITION,
-        "worker 2 joins a job of 2 workers",
-    )
-
-
-def test_a_second_process_with_a_rank_that_is_taken_is_told_who_has_it(job: HandJob) -> None:
-    request = job.request(rank=1, shard=0)
-    request.worker.incarnation += 1
-    assert lead(job).refusal("Join", request) == (
-        StatusCode.FAILED_PRECONDITION,
-        "worker 1 has joined already (pid 1 on hand): give every worker its own rank",
+        "worker 2 joins a job of at most 2 workers: allow more with cluster.max_workers "
+        "(--workers MIN:MAX)",
     )
 
 
@@ -243,22 +248,7 @@ def test_the_same_process_may_join_again(job: HandJob) -> None:
         for _ in range(2)
     )
     assert first == again
-    assert first.gives_initial_values
-
-
-def test_a_worker_that_joins_and_never_opens_its_stream_ends_the_job(tmp_path: Path) -> None:
-    settings = {"membership.join_timeout_seconds": 0.5}
-    with Fleet(tmp_path, num_workers=2, settings=settings) as fleet:
-        job, shard = HandJob(fleet), fleet.shard(0)
-        for rank in range(2):
-            lead(job).call("Join", job.request(rank, shard=0))
-        job.open(rank=0, shard=0)
-        assert job.streams[0, 0].wait() == (
-            StatusCode.ABORTED,
-            "worker 1 (pid 1 on hand) died: its stream to shard 0 was never opened",
-        )
-        assert shard.wait() == 1
-        job.close()
+    assert not first.gives_initial_values  # the job has them already
 
 
 STRANGER = shard_pb2.WorkerId(rank=0, incarnation=1)
@@ -410,12 +400,34 @@ REFUSED: dict[str, tuple[Callable[[HandJob], list[Frame]], str]] = {
         "worker 0 sends hyperparameters that the optimizer does not have",
     ),
     "an idle worker": (
-        lambda job: [ExchangeRequest(idle=shard_pb2.Idle(step=job.next_step))],
+        lambda job: [ExchangeRequest(idle=shard_pb2.Idle(), number=1)],
         "shard 1 is not the lead: meetings go to shard 0",
     ),
     "a meeting": (
-        lambda job: [ExchangeRequest(meet=shard_pb2.Meet(purpose=shard_pb2.PURPOSE_MEAN))],
+        lambda job: [
+            ExchangeRequest(meet=shard_pb2.Meet(purpose=shard_pb2.PURPOSE_MEAN), number=1)
+        ],
         "shard 1 is not the lead: meetings go to shard 0",
+    ),
+    "a wish for samples": (
+        lambda job: [ExchangeRequest(lease=shard_pb2.LeaseRequest(), number=1)],
+        "shard 1 is not the lead: meetings go to shard 0",
+    ),
+    "a heartbeat": (
+        lambda job: [ExchangeRequest(heartbeat=shard_pb2.Heartbeat())],
+        "shard 1 is not the lead: meetings go to shard 0",
+    ),
+    "a begin beyond all training": (
+        lambda job: [ExchangeRequest(begin=shard_pb2.Begin(step=2**64 - 1))],
+        "step 18446744073709551615 is beyond all training",
+    ),
+    "a begin with very many leases": (
+        lambda job: [ExchangeRequest(begin=shard_pb2.Begin(leases=[1] * 10**6))],
+        "1000000 leases cannot be behind one step",
+    ),
+    "a fetch of an unknown part": (
+        lambda job: [ExchangeRequest(fetch=shard_pb2.Fetch(parts=[1000]))],
+        "part 1000 is not on this shard",
     ),
 }
 
@@ -446,8 +458,8 @@ def test_what_was_wrong_arrives_behind_an_answer_that_is_being_written(job: Hand
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
 def test_numbers_cannot_be_averaged_with_such_a_weight(job: HandJob, weight: float) -> None:
     meet = shard_pb2.Meet(purpose=shard_pb2.PURPOSE_MEAN, step=job.next_step, weight=weight)
-    hello = ExchangeRequest(hello=job.hello(0))
-    code, text = lead(job).refusal("Exchange", hello, ExchangeRequest(meet=meet))
+    hello, request = ExchangeRequest(hello=job.hello(0)), ExchangeRequest(meet=meet)
+    code, text = lead(job).refusal("Exchange", hello, job.numbered(0, request))
     assert code is StatusCode.INVALID_ARGUMENT
     assert text == f"numbers cannot be averaged with weight {weight}"
 
@@ -455,10 +467,37 @@ def test_numbers_cannot_be_averaged_with_such_a_weight(job: HandJob, weight: flo
 @pytest.mark.parametrize("purpose", [0, 99])
 def test_a_meeting_needs_a_purpose(job: HandJob, purpose: int) -> None:
     meet = shard_pb2.Meet(purpose=purpose)  # type: ignore[arg-type]  # proto3 enums are open
-    hello = ExchangeRequest(hello=job.hello(0))
-    assert lead(job).refusal("Exchange", hello, ExchangeRequest(meet=meet)) == (
+    hello, request = ExchangeRequest(hello=job.hello(0)), ExchangeRequest(meet=meet)
+    assert lead(job).refusal("Exchange", hello, job.numbered(0, request)) == (
         StatusCode.INVALID_ARGUMENT,
         f"unknown purpose {purpose} of a meeting",
+    )
+
+
+@pytest.mark.parametrize("number", [0, 2**64 - 1])
+def test_a_request_to_the_lead_that_is_out_of_turn_is_refused(job: HandJob, number: int) -> None:
+    hello = ExchangeRequest(hello=job.hello(0))
+    request = ExchangeRequest(idle=shard_pb2.Idle(), number=number)
+    code, text = lead(job).refusal("Exchange", hello, request)
+    assert code is StatusCode.INVALID_ARGUMENT
+    assert text.startswith(f"worker 0 sends request {number} after request ")
+
+
+def test_a_pass_that_cannot_be_is_refused(job: HandJob) -> None:
+    request = ExchangeRequest(lease=dialogue.encode_lease_request(0, PassSpec(2**63, 8)))
+    hello = ExchangeRequest(hello=job.hello(0))
+    assert lead(job).refusal("Exchange", hello, job.numbered(0, request)) == (
+        StatusCode.INVALID_ARGUMENT,
+        "a pass over 9223372036854775808 samples never ends",
+    )
+
+
+def test_leases_that_a_worker_does_not_hold_are_refused(job: HandJob) -> None:
+    request = ExchangeRequest(lease=shard_pb2.LeaseRequest(returned=[2**64 - 1]))
+    hello = ExchangeRequest(hello=job.hello(0))
+    assert lead(job).refusal("Exchange", hello, job.numbered(0, request)) == (
+        StatusCode.INVALID_ARGUMENT,
+        "worker 0 names lease 18446744073709551615, which it does not hold",
     )
 
 
@@ -466,7 +505,7 @@ def test_a_meeting_needs_a_purpose(job: HandJob, purpose: int) -> None:
     ("method", "frames"),
     [
         ("Exchange", []),
-        ("Exchange", [ExchangeRequest(idle=shard_pb2.Idle(step=0))]),
+        ("Exchange", [ExchangeRequest(idle=shard_pb2.Idle(), number=1)]),
         ("Exchange", [push(part=0, step=0)]),
         ("Load", []),
         ("Load", [LoadRequest(part=tensor_pb2.Part())]),

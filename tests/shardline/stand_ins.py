@@ -24,8 +24,8 @@ num_workers = int(os.environ.get("SHARDLINE_CLUSTER_NUM_WORKERS", "1"))
 metrics = os.path.join(run_dir, "metrics.jsonl")
 
 def record(kind, **more):
-    fields = dict(kind=kind, time=time.time(), rank=rank, samples=64, version=2,
-                  pushed_bytes=1000, pulled_bytes=2000)
+    fields = dict(kind=kind, time=time.time(), rank=rank, incarnation=str(os.getpid()), samples=64,
+                  version=2, pushed_bytes=1000, pulled_bytes=2000)
     with open(metrics, "a") as file:
         file.write(json.dumps(fields | more) + "\\n")
 
@@ -40,6 +40,12 @@ def num_ended():
 
 def mark(word):
     open(os.path.join(run_dir, word), "w").close()
+
+def num_starts():
+    "How often this rank was started, this time included."
+    with open(os.path.join(run_dir, f"starts-{rank}"), "a+") as file:
+        file.write("x")
+        return file.tell()
 
 def marked(word):
     return os.path.exists(os.path.join(run_dir, word))

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
 
-from ps_core.exchange import Meeting, Purpose
+from ps_core.errors import JobFailedError
+from ps_core.exchange import Arrival, Grant, Meeting, Purpose
+from ps_core.leases import Lease
 from shardline.attendance import Attendance
 
-
-@dataclass
-class Optimizer:
-    next_step: int = 0
+GRANT = Grant(0, (Lease(id=7, loader=0, number=0, start=4, length=2),))
 
 
 @dataclass
 class Notes:
-    """Peers whose other workers are always `ahead` steps further."""
+    """Peers whose other workers are always `ahead` steps further, and an optimizer."""
 
     ahead: int = 0
+    grants: deque[Grant] = field(default_factory=deque)
+    """What the next meetings answer."""
     heard: list[str] = field(default_factory=list)
+    arrivals: list[Arrival] = field(default_factory=list)
+    next_step: int = 3
+    failure: JobFailedError | None = None
 
-    def idle(self, step: int) -> None:
-        self.heard.append(f"idle {step}")
+    def flush(self) -> None:
+        self.heard.append("flush")
+        if self.failure is not None:
+            raise self.failure
 
-    def meet(
-        self, purpose: Purpose, step: int, values: Sequence[float] = (), weight: float = 1.0
-    ) -> Meeting:
-        self.heard.append(f"meet {purpose.name.lower()} {step}")
-        return Meeting(step + self.ahead, tuple(values), chosen=False)
+    def idle(self) -> None:
+        self.heard.append("idle")
+
+    def meet(self, arrival: Arrival) -> Meeting:
+        self.heard.append(f"meet {arrival.purpose.name.lower()} {arrival.step}")
+        self.arrivals.append(arrival)
+        grant = self.grants.popleft() if self.grants else None
+        return Meeting(arrival.step + self.ahead, arrival.values, chosen=False, grant=grant)
 
 
 @pytest.fixture
@@ -41,42 +50,95 @@ def notes() -> Notes:
 @pytest.fixture
 def attendance(notes: Notes) -> Attendance:
     bound = Attendance()
-    bound.bind(notes, Optimizer(3))
+    bound.bind(notes, notes)
     return bound
 
 
+EPOCH = ["flush", "meet epoch 3"]
+BREAK = ["flush", "idle"]
+
+
 def test_a_pass_that_ends_meets_the_others_once(attendance: Attendance, notes: Notes) -> None:
-    attendance.enter_pass()
+    attendance.begin_loop_body(0)
+    attendance.ensure_met()
+    attendance.ensure_member()
     attendance.step_taken()
-    attendance.leave_pass(finished=True)
+    assert attendance.end_epoch(takes_leases=True) is None
     attendance.end_loop_body()
-    assert notes.heard == ["meet epoch 3"]
+    assert notes.heard == EPOCH
+    assert attendance.num_ends == 1
+
+
+def test_a_pass_goes_on_when_samples_come_back(attendance: Attendance, notes: Notes) -> None:
+    notes.grants.append(GRANT)
+    assert attendance.end_epoch(takes_leases=True) == GRANT
+    assert attendance.num_ends == 0
+    attendance.step_taken()
+    assert attendance.end_epoch(takes_leases=True) is None
+    assert [arrival.takes_leases for arrival in notes.arrivals] == [True, True]
+    assert attendance.num_ends == 1
 
 
 def test_a_broken_pass_goes_idle_at_once_and_meets_before_the_next(
     attendance: Attendance, notes: Notes
 ) -> None:
     attendance.step_taken()
-    attendance.leave_pass(finished=False)
-    assert notes.heard == ["idle 3"]
-    attendance.enter_pass()
-    assert notes.heard == ["idle 3", "meet epoch 3"]
+    attendance.break_off()
+    assert notes.heard == BREAK
+    assert attendance.num_ends == 1
+    attendance.ensure_met()
+    attendance.ensure_met()
+    assert notes.heard == [*BREAK, *EPOCH]
+    assert not notes.arrivals[0].takes_leases
 
 
 @pytest.mark.parametrize("purpose", [Purpose.MEAN, Purpose.LOAD, Purpose.CLOSE])
 def test_a_broken_pass_is_made_up_for_before_any_other_meeting(
     attendance: Attendance, notes: Notes, purpose: Purpose
 ) -> None:
-    attendance.leave_pass(finished=False)
+    attendance.break_off()
     attendance.meet(purpose)
-    assert notes.heard == ["idle 3", "meet epoch 3", f"meet {purpose.name.lower()} 3"]
+    assert notes.heard == [*BREAK, *EPOCH, "flush", f"meet {purpose.name.lower()} 3"]
 
 
 def test_a_broken_pass_is_made_up_for_before_a_step(attendance: Attendance, notes: Notes) -> None:
-    attendance.leave_pass(finished=False)
+    attendance.break_off()
     attendance.ensure_member()
     attendance.ensure_member()
-    assert notes.heard == ["idle 3", "meet epoch 3"]
+    assert notes.heard == [*BREAK, *EPOCH]
+
+
+def test_a_worker_breaks_out_although_the_job_has_failed_and_is_told_at_the_next_call(
+    attendance: Attendance, notes: Notes
+) -> None:
+    notes.failure = JobFailedError("worker 1 died")
+    attendance.break_off()
+    with pytest.raises(JobFailedError, match="worker 1 died"):
+        attendance.ensure_member()
+
+
+def test_a_meeting_that_is_put_off_comes_after_the_last_step(
+    attendance: Attendance, notes: Notes
+) -> None:
+    attendance.begin_loop_body(0)
+    attendance.put_off(lambda: notes.heard.append("give back"))
+    attendance.ensure_member()
+    attendance.step_taken()
+    assert notes.heard == []
+    assert attendance.num_ends == 0
+    attendance.end_loop_body()
+    attendance.ensure_met()
+    assert notes.heard == ["give back", *EPOCH]
+
+
+@pytest.mark.parametrize("purpose", [Purpose.MEAN, Purpose.LOAD, Purpose.CLOSE])
+def test_a_meeting_that_is_put_off_comes_before_any_other(
+    attendance: Attendance, notes: Notes, purpose: Purpose
+) -> None:
+    attendance.put_off(lambda: notes.heard.append("give back"))
+    attendance.meet(purpose)
+    attendance.end_loop_body()
+    assert notes.heard == ["give back", *EPOCH, "flush", f"meet {purpose.name.lower()} 3"]
 
 
 def test_own_data_loading_meets_at_the_end_of_the_epoch_body(
@@ -84,38 +146,49 @@ def test_own_data_loading_meets_at_the_end_of_the_epoch_body(
 ) -> None:
     attendance.step_taken()
     attendance.end_loop_body()
-    assert notes.heard == ["meet epoch 3"]
+    assert notes.heard == EPOCH
 
 
 def test_a_worker_without_data_meets_the_others_all_the_same(
     attendance: Attendance, notes: Notes
 ) -> None:
-    attendance.begin_loop_body()
-    attendance.end_loop_body()
-    assert notes.heard == ["meet epoch 3"]
+    for epoch in range(2):
+        attendance.begin_loop_body(epoch)
+        attendance.end_loop_body()
+    assert notes.heard == [*EPOCH, *EPOCH]
+    assert [arrival.data_epoch for arrival in notes.arrivals] == [0, 1]
 
 
 def test_averaging_within_a_pass_does_not_end_the_epoch(
     attendance: Attendance, notes: Notes
 ) -> None:
-    attendance.enter_pass()
     attendance.step_taken()
-    attendance.meet(Purpose.MEAN, [1.5])
-    assert notes.heard == ["meet mean 3"]
+    assert attendance.meet(Purpose.MEAN, [1.5], 2.0).means == (1.5,)
+    assert notes.heard == ["flush", "meet mean 3"]
+    assert notes.arrivals == [Arrival(Purpose.MEAN, 3, (1.5,), 2.0)]
+    assert attendance.num_ends == 0
 
 
-def test_a_worker_goes_on_at_the_step_of_the_others() -> None:
-    notes, optimizer, attendance = Notes(ahead=4), Optimizer(3), Attendance()
-    attendance.bind(notes, optimizer)
-    attendance.leave_pass(finished=True)
-    assert optimizer.next_step == 7
+def test_a_worker_goes_on_at_the_step_of_the_others(attendance: Attendance, notes: Notes) -> None:
+    notes.ahead = 4
+    attendance.end_epoch()
+    assert notes.next_step == 7
+
+
+def test_without_an_optimizer_a_worker_meets_at_step_0(notes: Notes) -> None:
+    attendance = Attendance()
+    attendance.bind(notes)
+    attendance.break_off()
+    attendance.ensure_met()
+    assert notes.heard == ["idle", "meet epoch 0"]
 
 
 def test_nothing_happens_before_a_job_is_joined_or_after_it_is_left(notes: Notes) -> None:
     attendance = Attendance()
-    attendance.leave_pass(finished=False)
+    attendance.break_off()
     assert attendance.meet(Purpose.MEAN, [2.0]).means == (2.0,)
-    attendance.bind(notes, Optimizer())
+    attendance.bind(notes, notes)
     attendance.release()
-    attendance.leave_pass(finished=False)
+    attendance.break_off()
+    attendance.end_epoch()
     assert notes.heard == []

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,57 @@ def test_options_before_the_script_are_ours_and_all_after_it_are_its_own(
     assert launch.arguments == tuple(own)
 
 
+@pytest.mark.parametrize(
+    ("text", "started", "allowed"), [("3", 3, 3), ("2:6", 2, 6), ("1:1", 1, 1)]
+)
+def test_workers_are_a_number_or_a_range(
+    launches: list[Launch], text: str, started: int, allowed: int
+) -> None:
+    cli.main(["run", "--workers", text, "train.py"])
+    [launch] = launches
+    assert (launch.num_workers, launch.num_ranks) == (started, allowed)
+
+
+def test_what_depends_on_the_number_of_workers_is_checked_against_it(
+    launches: list[Launch], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "--workers", "2:4", "--min-workers", "2", "train.py"]) == 7
+    assert cli.main(["run", "--workers", "2:4", "--backup-workers", "3", "train.py"]) == 7
+    assert cli.main(["run", "--workers", "2:4", "--min-workers", "3", "train.py"]) == 2
+    assert "membership.min_workers = 3" in capsys.readouterr().err
+    assert cli.main(["run", "--workers", "2", "--backup-workers", "2", "train.py"]) == 2
+    assert "consistency.backup_workers = 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "value"),
+    [
+        (["--backup-workers", "1"], "consistency.backup_workers", 1),
+        (["--mode", "bounded", "--bound", "5"], "consistency.bound", 5),
+        (["--mode", "async", "--staleness-scaling"], "consistency.staleness_scaling", True),
+        (
+            ["--mode", "async", "--delay-compensation", "0.5"],
+            "consistency.delay_compensation",
+            0.5,
+        ),
+        (["--mode", "local", "--local-steps", "20"], "consistency.local_steps", 20),
+        (["--outer-lr", "0.5"], "consistency.outer_lr", 0.5),
+        (["--outer-momentum", "0.5"], "consistency.outer_momentum", 0.5),
+        (["--min-workers", "2"], "membership.min_workers", 2),
+        (["--step-deadline", "30"], "membership.step_deadline_seconds", 30.0),
+        (["--pause-timeout", "60"], "membership.pause_timeout_seconds", 60.0),
+        (["--grace-seconds", "5"], "worker.grace_seconds", 5.0),
+        (["--max-restarts", "0"], "launch.max_restarts", 0),
+        (["--restart-window", "60"], "launch.restart_window_seconds", 60.0),
+    ],
+)
+def test_every_flag_of_a_run_reaches_its_configuration(
+    launches: list[Launch], flags: list[str], key: str, value: object
+) -> None:
+    cli.main(["run", *flags, "train.py"])
+    assert attrgetter(key)(launches[0].config) == value
+
+
 def test_flags_win_over_the_configuration_file(launches: list[Launch], tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text("[job]\nseed = 3\n[consistency]\ndeterministic = true\n")
     flags = ["--seed", "4", "--threads", "2", "--run-dir", "out", "--nonfinite", "skip"]
@@ -82,6 +134,12 @@ def test_flags_win_over_the_configuration_file(launches: list[Launch], tmp_path:
         (["run", "--workers", "0", "x.py"], "a worker runs SCRIPT"),
         (["run", "--workers", "-1", "x.py"], "-1 is not a count of at least 1"),
         (["run", "--workers", "two", "x.py"], "two is not a count of at least 1"),
+        (["run", "--workers", "2:", "x.py"], "nothing is not a count of at least 1"),
+        (["run", "--workers", ":2", "x.py"], "nothing is not a count of at least 1"),
+        (["run", "--workers", "0:2", "x.py"], "0 is not a count of at least 1"),
+        (["run", "--workers", "1:2:3", "x.py"], "2:3 is not a count of at least 1"),
+        (["run", "--workers", "4:2", "x.py"], "4:2 starts more workers than it allows"),
+        (["worker", "--join", "127.0.0.1:7000"], "required: SCRIPT"),
         (["run", "--shards", "0", "x.py"], "without any, use `python SCRIPT`"),
         (["run", "--work", "2", "x.py"], "--work"),
         (["status", "--json", "--watch"], "not allowed with argument --json"),
@@ -123,7 +181,7 @@ def test_what_cannot_work_ends_with_2_before_anything_is_started(
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["--help"], ["run", "--help"], ["status", "--help"]):
+    for argv in (["--help"], ["run", "--help"], ["worker", "--help"], ["status", "--help"]):
         assert refused(*argv) == 0
         assert "\nexamples:\n  shardline " in capsys.readouterr().out
 

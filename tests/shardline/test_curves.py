@@ -9,7 +9,7 @@ from shardline.records import StepRecord
 
 
 def step(rank: int, number: int, values: Mapping[str, float]) -> StepRecord:
-    return StepRecord(1.0, rank, 0, number, 1, 1, 1, number, values)
+    return StepRecord(1.0, rank, "a", 0, number, 1, 1, 1, number, values)
 
 
 RECORDS = [

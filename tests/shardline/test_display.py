@@ -75,6 +75,22 @@ def test_the_picture_has_a_row_per_worker() -> None:
     assert re.split(" +", lines[4].strip()) == ["worker", "1", "3", "1,201", "4,000", "500"]
 
 
+@pytest.mark.parametrize(
+    ("worker", "word"),
+    [
+        (WorkerView(0, is_starting=True), "starting"),
+        (WorkerView(0, step=7, is_starting=True), "starting"),
+        (WorkerView(0, step=7), ""),
+        (WorkerView(0, step=7, has_finished=True), "finished"),
+    ],
+)
+def test_a_row_says_what_its_worker_is_up_to(worker: WorkerView, word: str) -> None:
+    screen = console()
+    screen.print(picture(View(1.0, (worker,), {}, 0, 0)))
+    cells = text_of(screen).splitlines()[3].split()
+    assert cells[6:] == [word] * bool(word)
+
+
 def test_many_workers_do_not_fill_the_terminal() -> None:
     screen = console()
     screen.print(picture(view(num_workers=100)))

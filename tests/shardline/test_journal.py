@@ -17,17 +17,18 @@ def tail(tmp_path: Path) -> Tail:
 
 
 def test_a_step_is_written_with_the_totals_of_its_worker(tmp_path: Path, tail: Tail) -> None:
-    journal = Journal(tmp_path, 1, Traffic(pushed_bytes=10, pulled_bytes=20))
+    journal = Journal(tmp_path, 1, Traffic(pushed_bytes=10, pulled_bytes=20), "a1")
     journal.step(epoch=2, version=7, samples=64)
     (record,) = tail.read()
     assert isinstance(record, StepRecord)
-    assert (record.rank, record.epoch, record.version, record.samples) == (1, 2, 7, 64)
+    assert (record.rank, record.incarnation) == (1, "a1")
+    assert (record.epoch, record.version, record.samples) == (2, 7, 64)
     assert (record.pushed_bytes, record.pulled_bytes) == (10, 20)
     journal.close()
 
 
 def test_values_between_two_lines_are_kept_for_the_next(tmp_path: Path, tail: Tail) -> None:
-    journal = Journal(tmp_path, 0, Traffic())
+    journal = Journal(tmp_path, 0, Traffic(), "a1")
     journal.step(0, 1, 8)
     journal.log({"loss": 2.0})
     journal.log({"loss": 1.0, "accuracy": 0.5})
@@ -40,10 +41,11 @@ def test_values_between_two_lines_are_kept_for_the_next(tmp_path: Path, tail: Ta
     assert (first.values, second.values) == ({}, {"loss": 1.0, "accuracy": 0.5})
     assert (last.steps, last.samples, last.version) == (1, 8, 1)
     assert last.reported == {"accuracy": 0.5}
+    assert {record.incarnation for record in (first, second, last)} == {"a1"}
 
 
 def test_many_steps_a_second_make_few_lines(tmp_path: Path, tail: Tail) -> None:
-    journal = Journal(tmp_path, 0, Traffic())
+    journal = Journal(tmp_path, 0, Traffic(), "a1")
     for version in range(1000):
         journal.step(0, version, version)
     journal.close()
@@ -51,7 +53,7 @@ def test_many_steps_a_second_make_few_lines(tmp_path: Path, tail: Tail) -> None:
 
 
 def test_without_a_run_directory_nothing_is_written(tmp_path: Path) -> None:
-    journal = Journal(None, 0, Traffic())
+    journal = Journal(None, 0, Traffic(), "a1")
     journal.step(0, 1, 8)
     journal.end(1, {})
     journal.close()

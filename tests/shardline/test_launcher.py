@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.shardline.stand_ins import (
+    SHARD,
     WAITING,
     Launched,
     environment,
@@ -24,6 +25,7 @@ step(1, loss=0.5)
 step(2, loss=0.25)
 end(accuracy=0.75)
 """
+ONCE = ("--max-restarts", "0")
 # A worker that waits until the test has seen all of them.
 READY = 'mark(f"worker-{rank}"); '
 
@@ -120,7 +122,7 @@ def test_a_worker_that_fails_ends_the_run_and_is_named(
     tmp_path: Path, end: str, code: int, words: str
 ) -> None:
     worker = f"if rank != 1:\n {WAITING}\nprint('before')\n{end}"
-    with launch(tmp_path, worker, "--workers", "3", shard=WAITING) as run:
+    with launch(tmp_path, worker, "--workers", "3", *ONCE, shard=WAITING) as run:
         got, _, err = run.end()
     assert got == code
     assert f"shardline run: {words}" in err
@@ -143,7 +145,7 @@ if rank == 1:
     raise ValueError("a bad batch")
 {notices}
 """
-    with launch(tmp_path, worker, shard=notices, reconnect_seconds=20) as run:
+    with launch(tmp_path, worker, *ONCE, shard=notices, reconnect_seconds=20) as run:
         code, _, err = run.end()
     assert code == 1
     assert "ValueError: a bad batch" in err
@@ -153,7 +155,7 @@ if rank == 1:
 def test_who_neither_notices_nor_listens_is_killed(tmp_path: Path) -> None:
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); mark('deaf'); " + WAITING
     worker = f"if rank == 0:\n {deaf}\nwait_for(lambda: marked('deaf'))\nsys.exit(5)"
-    with launch(tmp_path, worker, shard=WAITING) as run:
+    with launch(tmp_path, worker, *ONCE, shard=WAITING) as run:
         code, out, err = run.end()
     assert code == 1
     assert "worker 1 ended with exit code 5" in err
@@ -179,6 +181,144 @@ def test_a_shard_that_is_gone_too_early_ends_the_run_and_is_named(
     assert got == code
     assert f"shardline run: {words}" in err
     assert "(it wrote nothing)" in err
+
+
+def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
+    worker = """
+count = num_starts()
+print("start", count, sys.argv[1:], rank, flush=True)
+step(count)
+if rank == 1 and count == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+end(rank=rank)
+"""
+    with launch(tmp_path, worker, after=("--lr", "1")) as run:
+        code, out, err = run.end()
+    assert (code, err) == (0, "")
+    note = "worker 1 was killed by SIGKILL: starting it again (1 of 3 restarts in 300 s)"
+    assert note in out.splitlines()
+    lines = [f"start {count} ['--lr', '1'] 1" for count in (1, 2)]
+    assert (run.run_dir / "worker-1.log").read_text().splitlines() == lines
+    summary = run.json("summary.json")
+    assert (summary["restarts"], summary["preemptions"]) == (1, 0)
+    assert summary["samples"] == 3 * 64  # of three processes
+    processes = run.json("cluster.json")["processes"]
+    assert [process["restarts"] for process in processes] == [0, 0, 1]
+
+
+def test_a_worker_that_keeps_failing_ends_the_run_with_the_number_of_its_restarts(
+    tmp_path: Path,
+) -> None:
+    worker = f"if rank == 0:\n {WAITING}\nprint('try', num_starts())\nsys.exit(4)"
+    flags = ("--max-restarts", "2", "--restart-window", "60")
+    with launch(tmp_path, worker, *flags, shard=WAITING) as run:
+        code, out, err = run.end()
+    assert code == 1
+    for count in (1, 2):
+        assert f"starting it again ({count} of 2 restarts in 60 s)" in out
+    assert "shardline run: worker 1 ended with exit code 4 after " in err
+    assert "and 2 restarts within 60 s (--max-restarts); its last lines" in err
+    assert "    try 3\n" in err
+    assert run.json("summary.json")["restarts"] == 2
+
+
+def test_a_preempted_worker_is_replaced_and_that_does_not_count(tmp_path: Path) -> None:
+    worker = """
+if rank == 1 and num_starts() <= 2:
+    sys.exit(75)
+end()
+"""
+    with launch(tmp_path, worker, *ONCE) as run:
+        code, out, err = run.end()
+    assert (code, err) == (0, "")
+    assert out.count("worker 1 was preempted: starting it again") == 2
+    summary = run.json("summary.json")
+    assert (summary["restarts"], summary["preemptions"]) == (0, 2)
+
+
+def test_a_worker_that_was_used_wrongly_is_not_started_again(tmp_path: Path) -> None:
+    worker = f"num_starts()\nif rank == 0:\n {WAITING}\nsys.exit(2)"
+    with launch(tmp_path, worker, shard=WAITING) as run:
+        code, out, err = run.end()
+    assert code == 1
+    assert "worker 1 ended with exit code 2" in err
+    assert "--max-restarts" not in err
+    assert "starting it again" not in out
+    assert (run.run_dir / "starts-1").read_text() == "x"
+
+
+def test_a_worker_that_hangs_when_the_job_is_complete_is_ended_without_a_failure(
+    tmp_path: Path,
+) -> None:
+    worker = """
+if rank == 1:
+    mark("hangs")
+    os.kill(os.getpid(), signal.SIGSTOP)
+wait_for(lambda: marked("hangs"))
+end(accuracy=0.5)
+"""
+    with launch(tmp_path, worker, shard="wait_for(lambda: num_ended() == 1)") as run:
+        code, out, err = run.end()
+    assert (code, err) == (0, "")
+    assert "worker 1 still there, although the job is complete: sending SIGTERM" in out
+    assert "worker 1 did not end within 1.3 s: sending SIGKILL" in out
+    assert run.json("summary.json")["reported"] == {"accuracy": 0.5}
+
+
+def test_a_launcher_that_is_killed_takes_those_with_it_that_it_started_again(
+    tmp_path: Path,
+) -> None:
+    worker = f"""
+if num_starts() == 1:
+    sys.exit(1)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+mark(f"worker-{{rank}}")
+{WAITING}
+"""
+    with launch(tmp_path, worker, shard=WAITING) as run:
+        ready(run, "worker-0", "worker-1")
+        wait_until(lambda: num_restarts(run) == 2)
+        pids = run.pids()
+        assert all(map(is_running, pids))
+        run.process.kill()
+        wait_until(lambda: not any(map(is_running, pids)))
+
+
+def num_restarts(run: Launched) -> int:
+    return sum(process["restarts"] for process in run.json("cluster.json")["processes"])
+
+
+def test_a_worker_that_joined_by_hand_counts_too(tmp_path: Path) -> None:
+    worker = """
+step(1)
+rank += 2
+step(1)
+end()
+rank -= 2
+end()
+"""
+    shard = "wait_for(lambda: num_ended() == 4)"
+    with launch(tmp_path, worker, "--workers", "2:3", shard=shard) as run:
+        code, out, _ = run.end()
+    assert code == 0
+    assert "2 workers (up to 3), 1 shard" in out
+    assert run.json("summary.json")["samples"] == 3 * 64  # of ranks 0, 1 and 2, not 3
+
+
+def test_what_the_lead_wrote_about_the_samples_lands_in_the_summary(tmp_path: Path) -> None:
+    lines = [
+        {"kind": "pass", "loader": 0, "pass": 0, "num_samples": 40, "dropped": 0},
+        {"kind": "worker", "time": 1.5, "worker": 0, "incarnation": "1", "event": "joined"},
+        {"kind": "pass_end", "loader": 0, "pass": 0, "abandoned": [[8, 40]]},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    shard = f"open(os.path.join(run_dir, 'updates.jsonl'), 'w').write({text!r})\n{SHARD}"
+    with launch(tmp_path, TRAINS, shard=shard) as run:
+        code, out, _ = run.end()
+    assert code == 0
+    assert re.search(r"^samples lost / repeated / in part +8 / 0 / 0$", out, re.MULTILINE)
+    summary = run.json("summary.json")
+    assert (summary["samples_lost"], summary["passes"], summary["joins"]) == (8, 1, 1)
 
 
 def test_shards_may_end_while_scripts_go_on_without_them(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from ps_core.config import Config, MetricsConfig, load
+from ps_core.config import load
+from ps_core.settings import ClusterConfig, Config, MetricsConfig
 from shardline.local_plan import Launch, plan
 from shardline.processes import ProcessSpec
 
@@ -11,7 +12,8 @@ PORTS = (7000, 7001, 9000, 9001, 9002, 9003, 9004)
 
 
 def planned(config: Config, num_cpus: int = 8) -> dict[str, ProcessSpec]:
-    launch = Launch(Path("train.py"), ("--lr", "1"), num_shards=2, num_workers=3, config=config)
+    config = replace(config, cluster=replace(config.cluster, num_workers=3))
+    launch = Launch(Path("train.py"), ("--lr", "1"), num_shards=2, config=config)
     specs = plan(launch, "train-abc", Path("/runs/x"), PORTS, num_cpus)
     return {str(spec.id): spec for spec in specs}
 
@@ -40,6 +42,12 @@ def test_each_process_loads_its_own_place_from_its_environment() -> None:
         assert config.cluster.num_workers == 3
     assert loaded(specs["shard 1"]).server.index == 1
     assert loaded(specs["worker 2"]).cluster.rank == 2
+
+
+def test_every_process_knows_how_many_workers_there_may_be() -> None:
+    specs = planned(Config(cluster=ClusterConfig(num_workers=3, max_workers=5)))
+    assert [name for name in specs if "worker" in name] == ["worker 0", "worker 1", "worker 2"]
+    assert {loaded(spec).cluster.num_ranks for spec in specs.values()} == {5}
 
 
 def test_workers_share_the_cpus_and_shards_need_one_thread() -> None:
@@ -81,7 +89,7 @@ def test_variables_of_the_launcher_itself_are_not_passed_on(
 
 
 def test_a_job_is_called_as_configured_or_else_like_the_script() -> None:
-    launch = Launch(Path("a/train.py"), (), 1, 1, Config())
+    launch = Launch(Path("a/train.py"), (), 1, Config())
     assert launch.job_name == "train"
     named = load({"job.id": "mine"}, environ={})
     assert replace(launch, config=named).job_name == "mine"

@@ -14,8 +14,7 @@ from shardline.processes import NUM_LAST_LINES, Child, ProcessSpec
 from shardline.supervision import ProcessId
 from tests.shardline.stand_ins import wait_until
 
-# The timeouts of these tests run on a thread; the launcher itself starts processes before threads.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can end it with us")
 
 
 def spec(code: str, *arguments: str) -> ProcessSpec:
@@ -24,8 +23,9 @@ def spec(code: str, *arguments: str) -> ProcessSpec:
 
 
 @contextmanager
-def started(code: str, log: io.BufferedIOBase | None = None) -> Iterator[Child]:
-    child = Child(spec(code), log or io.BytesIO())  # type: ignore[arg-type]  # has what is used
+def started(code: str | ProcessSpec, log: io.BufferedIOBase | None = None) -> Iterator[Child]:
+    what = spec(code) if isinstance(code, str) else code
+    child = Child(what, log or io.BytesIO())  # type: ignore[arg-type]  # has what is used
     try:
         yield child
     finally:
@@ -71,6 +71,60 @@ def test_the_environment_is_the_given_one() -> None:
     assert "HOME" in lines[0]
     assert "PATH" not in lines[0]
     assert lines[1] == "True"
+
+
+def output(command: tuple[str, ...], environment: dict[str, str]) -> list[str]:
+    """The lines that a command writes."""
+    lines: list[str] = []
+    with started(ProcessSpec(ProcessId("worker", 0), command, environment)) as child:
+        child.listen(collect(lines))
+        assert ended(child) == 0
+        child.close()
+    return lines
+
+
+def test_a_command_gets_its_variables_and_no_other() -> None:
+    variables = {"PATH": "/usr/bin:/bin", "PYTHONHOME": "/nowhere", "NAME": "a=b"}
+    assert set(output(("env",), variables)) == {f"{key}={text}" for key, text in variables.items()}
+
+
+def test_a_command_gets_its_arguments_as_they_are() -> None:
+    arguments = ("two words", "", "-c", "--", "line\nend", "\udcff")
+    show = "import os, sys; print([os.fsencode(each) for each in sys.argv[1:]])"
+    lines = output((sys.executable, "-c", show, *arguments), {})
+    assert lines == [str([os.fsencode(each) for each in arguments])]
+
+
+@LINUX_ONLY
+def test_a_command_ignores_no_signal_that_we_do_not_ignore_for_it() -> None:
+    [line] = output(("grep", "SigIgn", "/proc/self/status"), {"PATH": "/usr/bin:/bin"})
+    ignored = int(line.split()[1], 16)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python itself ignores
+        assert not ignored >> (number - 1) & 1
+
+
+@LINUX_ONLY
+def test_nothing_runs_when_its_parent_was_gone_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("shardline.processes.os.getpid", lambda: 1)  # whose child it is not
+        child = Child(spec("print('it runs')"), io.BytesIO())
+    child.listen(collect(lines))
+    assert ended(child) == 1
+    child.close()
+    assert lines == []
+
+
+def test_processes_can_be_started_while_others_are_listened_to() -> None:
+    lines: list[str] = []
+    with started("input()") as first, started("import time; time.sleep(60)") as second:
+        second.listen(collect(lines))
+        first.listen(collect(lines))
+        with started("print('third')") as third:
+            third.listen(collect(lines))
+            assert ended(third) == 0
+            third.close()
+    assert "third" in lines
 
 
 def test_only_the_last_lines_are_remembered() -> None:

@@ -11,6 +11,7 @@ from shardline.records import EndRecord, Record, StepRecord, Tail, jsonable, par
 STEP = StepRecord(
     time=1.5,
     rank=1,
+    incarnation="a1",
     epoch=2,
     step=12,
     samples=384,
@@ -22,6 +23,7 @@ STEP = StepRecord(
 END = EndRecord(
     time=9.0,
     rank=0,
+    incarnation="b2",
     steps=12,
     samples=384,
     seconds=7.5,
@@ -31,8 +33,8 @@ END = EndRecord(
     reported={"accuracy": 0.98, "note": "fine", "best_epoch": 3, "converged": True},
 )
 STEP_LINE = (
-    '{"kind":"step","time":1.5,"rank":1,"epoch":2,"step":12,"samples":384,"pushed_bytes":10,'
-    '"pulled_bytes":20,"version":12,"values":{"loss":0.53}}\n'
+    '{"kind":"step","time":1.5,"rank":1,"incarnation":"a1","epoch":2,"step":12,"samples":384,'
+    '"pushed_bytes":10,"pulled_bytes":20,"version":12,"values":{"loss":0.53}}\n'
 )
 
 
@@ -62,6 +64,7 @@ times = st.floats(0, 1e12)
         StepRecord,
         time=times,
         rank=counts,
+        incarnation=st.text(),
         epoch=counts,
         step=counts,
         samples=counts,
@@ -79,7 +82,7 @@ def test_any_step_survives(record: StepRecord) -> None:
 
 def test_numbers_that_json_cannot_hold_travel_as_words() -> None:
     values = {"loss": math.nan, "up": math.inf, "down": -math.inf}
-    line = StepRecord(1.0, 0, 0, 1, 1, 1, 1, 1, values).line()
+    line = StepRecord(1.0, 0, "a", 0, 1, 1, 1, 1, 1, values).line()
     document = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert document["values"] == {"loss": "NaN", "up": "Infinity", "down": "-Infinity"}
     record = parse(line)
@@ -101,6 +104,7 @@ def test_numbers_that_json_cannot_hold_travel_as_words() -> None:
         STEP_LINE.replace('"rank":1,', ""),
         STEP_LINE.replace('"rank":1', '"rank":"1"'),
         STEP_LINE.replace('"rank":1', '"rank":true'),
+        STEP_LINE.replace('"a1"', "1"),
         STEP_LINE.replace('"step":12', '"step":1.5'),
         STEP_LINE.replace('"time":1.5', '"time":null'),
         STEP_LINE.replace("0.53", '"much"'),

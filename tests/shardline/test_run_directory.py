@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from ps_core.config import Config
 from ps_core.errors import ConfigError
+from ps_core.settings import ClusterConfig, Config
 from shardline import run_directory
+from shardline.ledger import Balance
 from shardline.local_plan import Launch
 from shardline.processes import ProcessSpec
 from shardline.progress import Totals
-from shardline.run_directory import RunDirectory
+from shardline.run_directory import Outcome, RunDirectory, Running
 from shardline.supervision import ProcessId
 
 SCRIPT = Path("somewhere/digits.py")
@@ -45,7 +46,7 @@ def test_a_given_folder_is_made_with_its_parents_or_used_as_it_is(tmp_path: Path
     assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
 
 
-@pytest.mark.parametrize("name", ["cluster.json", "summary.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["cluster.json", "metrics.jsonl", "summary.json", "updates.jsonl"])
 def test_a_folder_with_an_earlier_run_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / name).write_text("old")
@@ -88,7 +89,8 @@ def test_json_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> None:
 def test_cluster_json_says_who_takes_part() -> None:
     shard = ProcessSpec(ProcessId("shard", 0), ("s",), {}, "127.0.0.1:1", "http://x/metrics")
     worker = ProcessSpec(ProcessId("worker", 0), ("w",), {})
-    document = run_directory.cluster("digits-3f2a91", NOW, [shard, worker], [11, 12])
+    processes = [Running(shard, 11), Running(worker, 12, num_restarts=2)]
+    document = run_directory.cluster("digits-3f2a91", NOW, processes)
     assert document == {
         "job_id": "digits-3f2a91",
         "started": "2026-11-21T09:01:02.700+00:00",
@@ -97,6 +99,7 @@ def test_cluster_json_says_who_takes_part() -> None:
                 "role": "shard",
                 "index": 0,
                 "pid": 11,
+                "restarts": 0,
                 "address": "127.0.0.1:1",
                 "metrics_url": "http://x/metrics",
                 "log": "shard-0.log",
@@ -105,6 +108,7 @@ def test_cluster_json_says_who_takes_part() -> None:
                 "role": "worker",
                 "index": 0,
                 "pid": 12,
+                "restarts": 2,
                 "address": None,
                 "metrics_url": None,
                 "log": "worker-0.log",
@@ -114,9 +118,10 @@ def test_cluster_json_says_who_takes_part() -> None:
 
 
 def test_summary_json_says_what_was_done_and_with_what() -> None:
-    launch = Launch(SCRIPT, (), 2, 4, Config())
+    launch = Launch(SCRIPT, (), 2, Config(cluster=ClusterConfig(num_workers=4)))
     totals = Totals(12, 12, 384, 1000.5, 10, 20, {"accuracy": 0.98}, {"loss": 0.1})
-    document = run_directory.summary(launch, totals, 12.3456, 1)
+    balance = Balance(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+    document = run_directory.summary(launch, totals, balance, Outcome(12.3456, 1, 11, 12))
     versions = document.pop("versions")
     assert document == {
         "strategy": "parameter-server",
@@ -130,6 +135,18 @@ def test_summary_json_says_what_was_done_and_with_what() -> None:
         "samples_per_second": 1000.5,
         "pushed_bytes": 10,
         "pulled_bytes": 20,
+        "restarts": 11,
+        "preemptions": 12,
+        "samples_lost": 1,
+        "samples_repeated": 2,
+        "samples_applied": 3,
+        "samples_applied_in_part": 4,
+        "samples_abandoned": 5,
+        "updates_duplicated": 6,
+        "passes": 7,
+        "joins": 8,
+        "evictions": 9,
+        "malformed_ledger_lines": 10,
         "reported": {"accuracy": 0.98},
         "exit_code": 1,
     }
@@ -137,6 +154,25 @@ def test_summary_json_says_what_was_done_and_with_what() -> None:
     assert list(versions) == ["shardline", "torch", "grpc", "python"]
     assert versions["grpc"] == metadata.version("grpcio")
     assert all(re.match(r"\d+\.\d+", version) for version in versions.values())
+
+
+def test_what_became_of_the_samples_is_read_from_the_folder(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    assert directory.balance() == Balance()
+    (tmp_path / "updates.jsonl").write_text(
+        '{"kind":"pass","loader":0,"pass":0,"num_samples":10,"dropped":0}\n'
+        '{"kind":"pass_end","loader":0,"pass":0,"abandoned":[[0,4]]}\n'
+        '{"kind":"pass","loader":0,"pass":1,"num_sam'
+    )
+    assert directory.balance() == Balance(samples_lost=6, samples_abandoned=4, passes=1)
+
+
+def test_the_log_of_a_process_goes_on_where_it_was(tmp_path: Path) -> None:
+    spec = ProcessSpec(ProcessId("worker", 3), ("w",), {})
+    for text in (b"first\n", b"second\n"):
+        with RunDirectory(tmp_path).open_log(spec) as log:
+            log.write(text)
+    assert (tmp_path / "worker-3.log").read_text() == "first\nsecond\n"
 
 
 def test_the_newest_model_is_found(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ import re
 import pytest
 from rich.console import Console
 
-from ps_core.config import Config, RpcConfig, load
+from ps_core.config import load
 from ps_core.errors import MismatchError, ShardlineError, ShardUnreachableError
+from ps_core.settings import Config, RpcConfig
 from ps_core.v1 import shard_pb2
 from shardline import status
 from shardline.status import Shard
@@ -22,6 +23,7 @@ WORKERS = [
         sent_bytes=3_000_000,
         received_bytes_per_second=500.0,
         state="member",
+        lag_seconds=0.25 * rank,
     )
     for rank in range(2)
 ]
@@ -99,8 +101,25 @@ def test_people_see_a_row_per_shard_one_per_worker_and_what_is_wrong() -> None:
     assert ["0", "a:1", "training", "100", "12.5", "1.5 MB", "1:01", "node:7"] in rows
     assert ["?", "b:2", "unreachable"] in rows
     # As both shards see it: the bytes add up, the slower clock counts.
-    assert ["1", "member", "97", "1", "4.0 MB", "1.0 kB", "6.0 MB", "node:41"] in rows
+    assert ["1", "member", "97", "1", "0.250 s", "4.0 MB", "1.0 kB", "6.0 MB", "node:41"] in rows
     assert rows[-2:] == [["c:3: worker 1 died"], ["b:2: no answer from b:2"]]
+
+
+def test_people_see_what_became_of_the_samples_and_who_is_slow() -> None:
+    answer = shard_pb2.DescribeResponse()
+    answer.CopyFrom(ANSWER)
+    answer.ledger.CopyFrom(shard_pb2.Ledger(applied=1200, applied_in_part=32, granted=64, open=141))
+    answer.workers[1].verdict = "2.4x slower than the median, in data"
+    rows = printed([Shard("a:1", answer=answer)], width=160)
+    assert [
+        "samples: 1,200 applied, 32 in part, 64 with workers, 141 waiting, 0 came back, 0 abandoned"
+    ] in rows
+    assert rows[-1] == ["worker 1 is a straggler: 2.4x slower than the median, in data"]
+
+
+def test_the_settings_that_another_worker_needs_are_in_the_document() -> None:
+    answer = shard_pb2.DescribeResponse(settings={"SHARDLINE_JOB_ID": "digits"})
+    assert status.plain(answer)["settings"] == {"SHARDLINE_JOB_ID": "digits"}
 
 
 def test_a_picture_without_workers_has_no_table_of_them() -> None:

@@ -1,95 +1,306 @@
-"""How many samples stand behind a step, whatever the script does with its batches."""
+"""What stands behind a step, whatever the script does with its batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from ps_core.exchange import Outcome, Traffic
+from ps_core.errors import Preempted
+from ps_core.exchange import Grant, Outcome, Traffic
+from ps_core.leases import Lease, PassSpec
 from ps_core.metrics import REGISTRY, WorkerMetrics
 from shardline.attendance import Attendance
 from shardline.journal import Journal
+from shardline.preemption import Preemption
 from shardline.steps import Steps
 
 RANK = 71
 WEIGHT = torch.nn.Parameter(torch.ones(3))
 
 
+@dataclass
+class Returned:
+    """Leases that only notes what comes back."""
+
+    heard: list[tuple[list[int], bool]] = field(default_factory=list)
+
+    def request_lease(self, loader: int, spec: PassSpec) -> None:
+        raise AssertionError
+
+    def receive_lease(self) -> Grant:
+        raise AssertionError
+
+    def return_leases(self, leases: Sequence[int], *, declined: bool = False) -> None:
+        self.heard.append((list(leases), declined))
+
+
+@dataclass
+class Given:
+    """Steps with what is around them."""
+
+    steps: Steps
+    returned: Returned
+    attendance: Attendance
+    preemption: Preemption
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def batch(self, samples: int, *, backward: bool = True, loader: int = 0) -> int:
+        """A batch of a loader; the id of its lease."""
+        lease = Lease(next(self.numbers), loader, 0, 0, samples)
+        self.steps.yielded(lease, 0.0)
+        if backward:
+            WEIGHT.sum().backward()
+        return lease.id
+
+    def take(self) -> tuple[int, tuple[int, ...]]:
+        """Weight and leases of a step."""
+        self.steps.before_step()
+        work = self.steps.take_work()
+        return work.samples, work.leases
+
+
 @pytest.fixture
-def steps() -> Iterator[Steps]:
-    counted = Steps(WorkerMetrics(RANK, 1), Journal(None, RANK, Traffic()), Attendance())
-    counted.watch([WEIGHT])
-    yield counted
-    counted.close()
+def given() -> Iterator[Given]:
+    attendance, preemption = Attendance(), Preemption(1.0)
+    steps = Steps(
+        WorkerMetrics(RANK, 1),
+        Journal(None, RANK, Traffic()),
+        attendance,
+        lambda: (4, 2),
+        preemption.check,
+    )
+    returned = Returned()
+    steps.watch([WEIGHT], returned)
+    steps.begin_pass(0)
+    yield Given(steps, returned, attendance, preemption)
+    steps.close()
 
 
-def train(steps: Steps, samples: int, *, backward: bool = True) -> None:
-    steps.yielded(samples, 0.0)
-    if backward:
+def test_a_step_weighs_the_batch_before_it(given: Given) -> None:
+    one = given.batch(8)
+    assert given.take() == (8, (one,))
+    two = given.batch(5)
+    assert given.take() == (5, (two,))
+
+
+def test_accumulated_batches_add_up(given: Given) -> None:
+    leases = given.batch(8), given.batch(8)
+    assert given.take() == (16, leases)
+
+
+def test_a_skipped_batch_does_not_count_and_is_given_back_with_the_next_step(given: Given) -> None:
+    skipped, used = given.batch(100, backward=False), given.batch(8)
+    assert given.returned.heard == []
+    assert given.take() == (8, (used,))
+    assert given.returned.heard == [([skipped], True)]
+    given.batch(3)
+    given.take()
+    assert len(given.returned.heard) == 1
+
+
+def test_two_backward_passes_of_one_batch_count_it_once(given: Given) -> None:
+    lease = given.batch(8)
+    WEIGHT.sum().backward()
+    assert given.take() == (8, (lease,))
+
+
+def test_gradients_that_are_thrown_away_do_not_count(given: Given) -> None:
+    lost = given.batch(8)
+    given.steps.gradients_cleared()
+    kept = given.batch(3)
+    assert given.take() == (3, (kept,))
+    assert given.returned.heard == [([lost], True)]
+
+
+def test_clearing_before_the_backward_pass_keeps_the_batch(given: Given) -> None:
+    lease = given.batch(8, backward=False)
+    given.steps.gradients_cleared()
+    WEIGHT.sum().backward()
+    assert given.take() == (8, (lease,))
+
+
+def test_a_step_without_a_backward_pass_uses_the_latest_batch(given: Given) -> None:
+    skipped, lease = given.batch(8, backward=False), given.batch(3, backward=False)
+    assert given.take() == (3, (lease,))
+    assert given.returned.heard == [([skipped], True)]
+
+
+def test_batches_of_two_loaders_stand_side_by_side(given: Given) -> None:
+    leases = given.batch(8, backward=False), given.batch(3, backward=False, loader=1)
+    WEIGHT.sum().backward()
+    assert given.take() == (11, leases)
+    skipped = given.batch(8, backward=False)
+    leases = given.batch(3, backward=False, loader=1), given.batch(8, backward=False)
+    WEIGHT.sum().backward()
+    assert given.take() == (11, leases)
+    assert given.returned.heard == [([skipped], True)]
+
+
+def test_without_a_loader_every_step_weighs_one(given: Given) -> None:
+    WEIGHT.sum().backward()
+    assert given.take() == (1, ())
+
+
+# -- The end of a pass -----------------------------------------------------------------------------
+
+
+def test_at_the_end_of_the_data_a_skipped_batch_is_given_back(given: Given) -> None:
+    given.batch(8)
+    given.take()
+    skipped = given.batch(3, backward=False)
+    assert given.steps.end_data(0)
+    assert given.returned.heard == [([skipped], True)]
+
+
+def test_a_worker_that_was_given_no_data_takes_what_others_leave(given: Given) -> None:
+    assert given.steps.end_data(0)
+
+
+def test_a_pass_without_a_step_only_reads(given: Given) -> None:
+    given.batch(8)
+    given.take()
+    given.steps.begin_pass(0)
+    for _ in range(3):
+        given.batch(8, backward=False)
+    assert not given.steps.end_data(0)
+    given.steps.before_step()
+    assert given.returned.heard == []
+
+
+def test_gradients_left_over_keep_leases_and_weight_until_the_pass_has_ended(given: Given) -> None:
+    first, second = given.batch(8), given.batch(5)
+    assert given.steps.has_gradients(0)
+    assert not given.steps.has_gradients(1)
+    assert given.steps.end_data(0)
+    assert given.take() == (13, (first, second))
+    assert not given.steps.has_gradients(0)
+
+
+def test_then_they_are_given_back_and_keep_their_weight(given: Given) -> None:
+    left = given.batch(8)
+    given.steps.end_data(0)
+    given.steps.give_back_rest()
+    given.attendance.num_ends += 1
+    assert given.returned.heard == [([left], False)]
+    assert not given.steps.has_gradients(0)
+    given.steps.begin_pass(0)
+    lease = given.batch(5)
+    assert given.take() == (13, (lease,))
+    assert len(given.returned.heard) == 1
+
+
+def test_after_a_break_nothing_is_given_back(given: Given) -> None:
+    given.batch(100, backward=False)
+    given.batch(8)
+    given.batch(100, backward=False)
+    given.steps.drop_rest(0)
+    given.attendance.num_ends += 1  # the attendance's part of it
+    assert given.take() == (8, ())
+    assert given.returned.heard == []
+
+
+# -- Times and totals ------------------------------------------------------------------------------
+
+
+def test_a_step_tells_where_the_job_stands(given: Given) -> None:
+    given.attendance.begin_loop_body(6)
+    given.batch(8)
+    work = given.steps.take_work()
+    assert (work.schedules, work.data_epoch) == ((4, 2), 6)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Its first element is what time it is."""
+    now = [100.0]
+    monkeypatch.setattr("shardline.steps.time.perf_counter", lambda: now[0])
+    return now
+
+
+def test_a_step_tells_how_long_its_worker_waited_and_computed(
+    given: Given, clock: list[float]
+) -> None:
+    for computing in (2.0, 5.0):  # two batches, each after three seconds of work for it
+        clock[0] += 3.0
+        given.steps.yielded(Lease(next(given.numbers), 0, 0, 0, 8), 3.0)
+        clock[0] += computing
         WEIGHT.sum().backward()
+    given.steps.before_step()
+    work = given.steps.take_work()
+    assert (work.data_seconds, work.compute_seconds) == (6.0, 7.0)
 
 
-def test_a_step_weighs_the_batch_before_it(steps: Steps) -> None:
-    train(steps, 8)
-    assert steps.take_samples() == 8
-    train(steps, 5)
-    assert steps.take_samples() == 5
+def test_the_time_between_two_passes_is_nobodys(given: Given, clock: list[float]) -> None:
+    given.batch(8)
+    clock[0] += 2.0
+    given.steps.end_data(0)
+    clock[0] += 1000.0  # evaluates
+    given.batch(8)
+    clock[0] += 4.0
+    given.steps.before_step()
+    assert given.steps.take_work().compute_seconds == 6.0
+    given.batch(8, backward=False)
+    clock[0] += 1.0
+    given.steps.drop_rest(0)
+    clock[0] += 1000.0
+    given.batch(8)
+    clock[0] += 4.0
+    given.steps.before_step()
+    assert given.steps.take_work().compute_seconds == 5.0
 
 
-def test_accumulated_batches_add_up(steps: Steps) -> None:
-    train(steps, 8)
-    train(steps, 8)
-    assert steps.take_samples() == 16
+def count(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, {"worker": str(RANK), **labels}) or 0.0
 
 
-def test_a_skipped_batch_does_not_count(steps: Steps) -> None:
-    train(steps, 100, backward=False)
-    train(steps, 8)
-    assert steps.take_samples() == 8
+def test_phases_and_totals_are_counted(given: Given) -> None:
+    phases = ("data", "forward", "backward", "exchange")
+    before = {phase: count("shardline_step_seconds_count", phase=phase) for phase in phases}
+    given.batch(8)
+    given.steps.before_step()
+    outcome = Outcome(next_step=1, version=1, applied=True, staleness=0)
+    given.steps.after_step(outcome, given.steps.take_work().samples, 0.5)
+    after = {phase: count("shardline_step_seconds_count", phase=phase) for phase in phases}
+    assert {phase: after[phase] - before[phase] for phase in phases} == dict.fromkeys(phases, 1.0)
+    assert (given.steps.num_steps, given.steps.num_samples) == (1, 8)
 
 
-def test_two_backward_passes_of_one_batch_count_it_once(steps: Steps) -> None:
-    train(steps, 8)
-    WEIGHT.sum().backward()
-    assert steps.take_samples() == 8
+@pytest.mark.parametrize(("samples", "nonfinite"), [(0, 1), (8, 0)])
+def test_a_step_that_was_not_used_was_not_finite_or_refused(
+    given: Given, samples: int, nonfinite: int
+) -> None:
+    names = ("shardline_nonfinite_steps_total", "shardline_refused_steps_total")
+    before = [count(name) for name in names]
+    outcome = Outcome(next_step=1, version=1, applied=False, staleness=0)
+    given.steps.after_step(outcome, samples, 0.5)
+    after = [count(name) for name in names]
+    assert [a - b for a, b in zip(after, before, strict=True)] == [nonfinite, 1 - nonfinite]
 
 
-def test_gradients_that_are_thrown_away_do_not_count(steps: Steps) -> None:
-    train(steps, 8)
-    steps.gradients_cleared()
-    train(steps, 3)
-    assert steps.take_samples() == 3
+def test_after_closing_backward_passes_are_not_noticed(given: Given) -> None:
+    given.steps.close()
+    given.steps.close()
+    given.batch(8)
+    assert not given.steps.has_gradients(0)
 
 
-def test_clearing_before_the_backward_pass_keeps_the_batch(steps: Steps) -> None:
-    steps.yielded(8, 0.0)
-    steps.gradients_cleared()
-    WEIGHT.sum().backward()
-    assert steps.take_samples() == 8
+# -- Preemption ------------------------------------------------------------------------------------
 
 
-def test_without_a_loader_every_step_weighs_one(steps: Steps) -> None:
-    WEIGHT.sum().backward()
-    assert steps.take_samples() == 1
-
-
-def test_phases_and_totals_are_counted(steps: Steps) -> None:
-    def count(phase: str) -> float:
-        labels = {"worker": str(RANK), "phase": phase}
-        return REGISTRY.get_sample_value("shardline_step_seconds_count", labels) or 0.0
-
-    before = {phase: count(phase) for phase in ("data", "forward", "backward", "exchange")}
-    train(steps, 8)
-    steps.before_step()
-    steps.after_step(Outcome(version=1, applied=True, staleness=0), steps.take_samples(), 0.5)
-    assert {phase: count(phase) - before[phase] for phase in before} == dict.fromkeys(before, 1.0)
-    assert (steps.num_steps, steps.num_samples) == (1, 8)
-
-
-def test_after_closing_backward_passes_are_not_noticed(steps: Steps) -> None:
-    steps.close()
-    steps.close()
-    train(steps, 8)
-    assert steps.take_samples() == 1
+@pytest.mark.parametrize("from_loader", [True, False])
+def test_a_script_with_its_own_data_leaves_after_its_step(given: Given, from_loader: bool) -> None:
+    if from_loader:
+        given.batch(8)
+    given.take()
+    given.preemption._requested = True
+    outcome = Outcome(next_step=1, version=1, applied=True, staleness=0)
+    if from_loader:  # the loader tells
+        given.steps.after_step(outcome, 8, 0.5)
+    else:
+        with pytest.raises(Preempted):
+            given.steps.after_step(outcome, 1, 0.5)
+    assert given.steps.num_steps == 1

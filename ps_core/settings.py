@@ -1,0 +1,182 @@
+"""Every configuration key: its type, default, range, flag and meaning."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Final, Literal, TypeVar
+
+INF: Final = math.inf
+
+T = TypeVar("T")
+LIST = tuple[str, ...]
+
+
+def key(
+    default: T, help: str, flag: str = "", low: float = -INF, high: float = INF, step: int = 0
+) -> T:
+    """A field that is a configuration key; its annotation gives the type and the choices."""
+    limits = {"low": low, "high": high, "step": step}
+    return field(default=default, metadata={"help": help, "flag": flag, **limits})
+
+
+@dataclass(frozen=True, slots=True)
+class JobConfig:
+    """What this training run is called and where it writes."""
+
+    id: str = key("shardline", "Name of the job; another job's workers are refused.", "--job-id")
+    seed: int = key(0, "Seed of the random generators.", "--seed", 0, 2**32 - 1)
+    run_dir: str = key("", "Folder for logs and results; empty: none.", "--run-dir")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """Who takes part."""
+
+    shards: tuple[str, ...] = key(
+        (), "Each shard's `host:port`, in index order; empty: train alone.", "--shard-addresses"
+    )
+    num_workers: int = key(1, "Number of workers the job starts with.", "--num-workers", 1)
+    max_workers: int = key(
+        0, "Workers it may grow to; 0: `cluster.num_workers`.", "--max-workers", 0
+    )
+    rank: int = key(0, "Rank of this worker, below the highest number of workers.", "--rank", 0)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that workers may have: from 0 to one less than this."""
+        return max(self.num_workers, self.max_workers)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """One shard."""
+
+    index: int = key(0, "Index of this shard: its position in `cluster.shards`.", "--index", 0)
+    host: str = key("127.0.0.1", "Address to listen on.", "--host")
+    port: int = key(0, "Port to listen on; 0: as in `cluster.shards`.", "--port", 0, 65535)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One worker."""
+
+    device: str = key("auto", "Torch device; `auto`: `cuda` if there is one, or `cpu`.", "--device")
+    threads: int = key(0, "Torch threads per process; 0: torch's own choice.", "--threads", 0)
+    nonfinite: Literal["error", "skip"] = key(
+        "error", "Gradients with NaN or infinity end the job, or skip the step.", "--nonfinite"
+    )
+    grace_seconds: float = key(
+        30.0, "Seconds to leave the job after SIGTERM.", "--grace-seconds", 0.001
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ConsistencyConfig:
+    """What an update waits for, and how far a worker may run ahead; see docs/consistency.md."""
+
+    mode: Literal["sync", "bounded", "async", "local"] = key(
+        "sync", "How gradients become updates.", "--mode"
+    )
+    backup_workers: int = key(
+        0, "`sync`: an update waits for all workers but this many.", "--backup-workers", 0
+    )
+    bound: int = key(
+        3, "`bounded`: steps ahead of the slowest worker; 0 means `sync`.", "--bound", 0
+    )
+    staleness_scaling: bool = key(
+        False, "`async`: divide the learning rate by 1 + staleness.", "--staleness-scaling"
+    )
+    delay_compensation: float = key(
+        0.0, "`async` with plain SGD: λ of DC-ASGD; 0: off.", "--delay-compensation", 0
+    )
+    local_steps: int = key(
+        10, "`local`: a worker's own steps between two averages.", "--local-steps", 1
+    )
+    outer_lr: float = key(0.7, "`local`: learning rate of the shards.", "--outer-lr", 0)
+    outer_momentum: float = key(
+        0.9, "`local`: Nesterov momentum of the shards.", "--outer-momentum", 0, 1
+    )
+    deterministic: bool = key(False, "Add in rank order: runs repeat exactly.", "--deterministic")
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeConfig:
+    """How gradients are collected into buckets, and buckets cut into the parts that are sent."""
+
+    part_bytes: int = key(2**22, "Bytes of the largest part.", "--part-bytes", 512, 2**23, 512)
+    bucket_bytes: int = key(2**25, "Bytes of gradients ready together.", "--bucket-bytes", 256)
+
+
+@dataclass(frozen=True, slots=True)
+class RpcConfig:
+    """Connections between workers and shards."""
+
+    insecure: bool = key(False, "Allow unprotected TCP beyond loopback.", "--insecure")
+    connect_timeout_seconds: float = key(60.0, "Seconds to wait for a shard to start.", low=0.001)
+    call_timeout_seconds: float = key(15.0, "Seconds a single call may take.", low=0.001)
+    keepalive_seconds: float = key(10.0, "Seconds between pings that find dead peers.", low=0.001)
+    reconnect_seconds: float = key(
+        3.0, "Seconds a broken stream has to reopen before its peer counts as lost.", low=0
+    )
+    drain_seconds: float = key(5.0, "Seconds for open calls when stopping.", "--drain-seconds", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipConfig:
+    """Who is waited for."""
+
+    join_timeout_seconds: float = key(
+        120.0, "Seconds the first worker waits for all others to join.", "--join-timeout", 0.001
+    )
+    min_workers: int = key(1, "With fewer workers the job pauses.", "--min-workers", 1)
+    pause_timeout_seconds: float = key(
+        120.0, "Seconds a pause may last before the job fails.", "--pause-timeout", 0.001
+    )
+    heartbeat_seconds: float = key(1.0, "Seconds between a worker's signs of life.", low=0.001)
+    heartbeat_floor_seconds: float = key(
+        10.0, "Least silence after which a worker is evicted; it adapts upwards.", low=0.001
+    )
+    heartbeat_deadline_seconds: float = key(
+        0.0, "Silence after which a worker is evicted; 0: adapted to its heartbeats.", low=0
+    )
+    step_deadline_seconds: float = key(
+        0.0,
+        "Evict a worker that an update has waited for this long; 0: never.",
+        "--step-deadline",
+        0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchConfig:
+    """What `shardline run` does about workers that fail."""
+
+    max_restarts: int = key(
+        3, "Restarts within the window before the run ends.", "--max-restarts", 0
+    )
+    restart_window_seconds: float = key(300.0, "The window, in seconds.", "--restart-window", 0.001)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsConfig:
+    """The `/metrics` endpoint for Prometheus."""
+
+    host: str = key("127.0.0.1", "Address the endpoint listens on.")
+    port: int = key(
+        0, "Its port; 0: a free one, printed; -1: no endpoint.", "--metrics-port", -1, 65535
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All sections. `ps_core.config.load` returns a valid one."""
+
+    job: JobConfig = field(default_factory=JobConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    rpc: RpcConfig = field(default_factory=RpcConfig)
+    membership: MembershipConfig = field(default_factory=MembershipConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)

@@ -1,0 +1,207 @@
+"""What became of every sample and of every contribution, as the lead knows it: pure.
+
+The rules, each with a test:
+
+1. A worker's step takes the leases that its `begin` names. Whatever the worker does next proves
+   that the step is settled: its leases are applied. Each step is closed once.
+2. A refused step gives its leases back.
+3. The step that a fenced process began last is in doubt until every shard that holds parts has told
+   what it used: nothing → its leases go back; everything → they are applied; something → they are
+   applied in part, never granted again. A process begins no step before the one before is settled.
+4. Whatever else a worker that is gone had been granted goes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ps_core.exchange import Grant
+from ps_core.leases import Lease, LeaseBook, PassEnd, PassOpened, PassSpec
+from ps_server.effects import Remains
+
+Event = Literal["joined", "evicted", "preempted", "failed", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """A worker's step has become part of the parameters, in full or in part."""
+
+    worker: int
+    incarnation: int
+    step: int
+    version: int
+    """The first version that includes it."""
+    samples: int
+    """Its weight; 0: the worker abstained."""
+    leases: tuple[Lease, ...]
+    state: Literal["applied", "in_part"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEvent:
+    """A worker has come or gone."""
+
+    worker: int
+    incarnation: int
+    event: Event
+    step: int
+    reason: str = ""
+
+
+Entry = Contribution | WorkerEvent | PassOpened | PassEnd
+
+
+@dataclass(slots=True)
+class _Step:
+    """The last step that a worker has begun."""
+
+    incarnation: int
+    number: int
+    samples: int
+    version: int
+    is_open: bool = True
+    """It is neither settled nor refused."""
+
+
+class Ledger:
+    """The lead's book of samples and contributions."""
+
+    def __init__(self, holders: frozenset[int], *, striped: bool) -> None:
+        """`holders`: the shards that hold parts. `striped`: see LeaseBook."""
+        self.book = LeaseBook(striped=striped)
+        self._holders = holders
+        self._steps: dict[int, _Step] = {}
+        self._inquests: dict[tuple[int, int], dict[int, Remains]] = {}
+        """(worker, incarnation) of a fenced process → what the shards have told, by shard."""
+        self._entries: list[Entry] = []
+
+    def take_entries(self) -> list[Entry]:
+        """What was entered since the last call, in order."""
+        entries, self._entries = self._entries, []
+        return entries
+
+    def note(self, event: WorkerEvent) -> None:
+        """Enter that a worker has come or gone."""
+        self._entries.append(event)
+
+    # -- Steps -------------------------------------------------------------------------------------
+
+    def begin(
+        self, worker: int, incarnation: int, step: int, samples: int, leases: Sequence[int]
+    ) -> None:
+        """Rule 1. A repeat changes nothing. Raises ProtocolError for leases of others."""
+        known = self._steps.get(worker)
+        if known is not None and (known.incarnation, known.number) == (incarnation, step):
+            return
+        self._close(worker, "applied")
+        self.book.consume(worker, step, leases)
+        self._steps[worker] = _Step(incarnation, step, samples, step + 1)
+
+    def arrived(self, worker: int, step: int, version: int) -> None:
+        """The lead's shard has the whole step; `version` includes it."""
+        known = self._steps.get(worker)
+        if known is not None and known.number == step:
+            known.version = version
+
+    def settle(self, worker: int) -> None:
+        """The worker's step is in the parameters. Rule 1. One in doubt is not the process's that
+        holds the rank now.
+        """
+        if not self.is_in_doubt(worker):
+            self._close(worker, "applied")
+
+    def refuse(self, worker: int) -> None:
+        """The worker's step was not used. Rule 2."""
+        known = self._steps.get(worker)
+        if known is not None and known.is_open:
+            known.is_open = False
+            self.book.refuse(worker)
+
+    def _close(self, worker: int, state: Literal["applied", "in_part"]) -> None:
+        known = self._steps.get(worker)
+        if known is None or not known.is_open:
+            return
+        known.is_open = False
+        book = self.book
+        leases = book.settle(worker) if state == "applied" else book.settle_in_part(worker)
+        step, version, samples = known.number, known.version, known.samples
+        self._entries.append(
+            Contribution(worker, known.incarnation, step, version, samples, leases, state)
+        )
+
+    # -- Samples -----------------------------------------------------------------------------------
+
+    def request(
+        self,
+        worker: int,
+        loader: int,
+        spec: PassSpec,
+        workers: Sequence[int],
+        speeds: Mapping[int, float],
+    ) -> Grant:
+        """One lease, if there is one for this worker. Raises UsageError when workers disagree."""
+        self.settle(worker)
+        answer = self.book.request(loader, spec, worker, workers, speeds)
+        if answer.opened is not None:
+            self._entries.append(answer.opened)
+        return Grant(answer.number, () if answer.lease is None else (answer.lease,))
+
+    def give_back(self, worker: int, leases: Sequence[int], *, declined: bool) -> None:
+        """Leases that no step will use."""
+        self.settle(worker)
+        self.book.give_back(worker, leases, declined=declined)
+
+    def release(self, worker: int) -> None:
+        """The worker is gone, and its last step is settled. Rule 4."""
+        if not self.is_in_doubt(worker):
+            self._close(worker, "applied")
+            self.book.release(worker)
+
+    def end_passes(self) -> None:
+        """Every worker has come to the end of its data."""
+        self._entries += self.book.end_passes()
+
+    # -- Death -------------------------------------------------------------------------------------
+
+    def investigate(self, worker: int, incarnation: int) -> None:
+        """The process is fenced: its last step is in doubt. Rule 3."""
+        self._inquests[worker, incarnation] = {}
+
+    def is_in_doubt(self, worker: int | None = None) -> bool:
+        """Whether the shards' word about a worker is awaited; None: about any."""
+        return any(worker in (None, rank) for rank, _ in self._inquests)
+
+    def remains(self, shard: int, remains: Remains) -> bool:
+        """A shard's word about a fenced process. True: it was the last one that was awaited."""
+        process = remains.worker, remains.incarnation
+        told = self._inquests.get(process)
+        if told is None or shard not in self._holders:
+            return False
+        told[shard] = remains
+        if told.keys() < self._holders:
+            return False
+        del self._inquests[process]
+        self._conclude(*process, list(told.values()))
+        return True
+
+    def _conclude(self, worker: int, incarnation: int, told: Sequence[Remains]) -> None:
+        last = max(told, key=lambda remains: (remains.step, remains.used_parts))
+        latest = [remains for remains in told if remains.step == last.step]
+        used = sum(remains.used_parts for remains in latest)
+        if used:
+            # The lead may not have heard of the step: its own stream may have been the first to go.
+            self.begin(worker, incarnation, last.step, last.samples, last.leases)
+            is_whole = used == sum(remains.num_parts for remains in told)
+            self._close(worker, "applied" if is_whole else "in_part")
+        else:
+            self._settle_before(worker, last.step)
+            self.refuse(worker)
+        self.book.release(worker)
+
+    def _settle_before(self, worker: int, last: int) -> None:
+        """No part of the last step was used; the one before is settled if another was begun."""
+        known = self._steps.get(worker)
+        if known is not None and known.number < last:
+            self._close(worker, "applied")

@@ -1,0 +1,74 @@
+"""How one more worker gets into a job that runs: which rank it takes, and what it has to know."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NoReturn
+
+from ps_core.config import PREFIX, check_addresses, inherited_environment, load, to_environment
+from ps_core.errors import ConfigError, JobFailedError, MismatchError, ShardlineError
+from ps_core.settings import Config
+from ps_core.v1 import shard_pb2
+from ps_worker import client
+
+_SHARDS: Final = f"{PREFIX}CLUSTER_SHARDS"
+_RANK: Final = f"{PREFIX}CLUSTER_RANK"
+_RUN_DIR: Final = f"{PREFIX}JOB_RUN_DIR"
+
+
+def join(config: Config, script: Path, arguments: Sequence[str]) -> NoReturn:
+    """Become a worker that runs `script`, in the job whose lead is the first of `cluster.shards`.
+
+    Raises ShardUnreachableError, MismatchError when there is no room, and all that `environment`
+    raises.
+    """
+    if not script.is_file():
+        raise ConfigError(f"there is no script {script}")
+    check_addresses(config)
+    address = config.cluster.shards[0]
+    job = environment(client.describe(address, config.rpc), config)
+    rank = client.reserve(address, config.rpc)
+    variables = inherited_environment() | job | {_RANK: str(rank)}
+    if not Path(variables.get(_RUN_DIR, ".")).is_dir():  # it is on the machine of the others
+        del variables[_RUN_DIR]
+    sys.stderr.write(f"shardline: joining the job as worker {variables[_RANK]}\n")
+    command = (sys.executable, "-u", str(script), *arguments)
+    os.execve(sys.executable, command, variables)  # noqa: S606  # a shell would only be in the way
+
+
+def environment(lead: shard_pb2.DescribeResponse, own: Config) -> dict[str, str]:
+    """The variables of the new worker: the job's, and what is its own in `own`.
+
+    ShardlineError when there is nothing to join.
+    """
+    _check(lead, own.cluster.shards[0])
+    job = dict(lead.settings)
+    job[_SHARDS] = ",".join(_addresses(own.cluster.shards, load(environ=job).cluster.shards))
+    mine = to_environment(Config(worker=own.worker, rpc=own.rpc, metrics=own.metrics))
+    if own.worker.threads:
+        mine["OMP_NUM_THREADS"] = str(own.worker.threads)
+    return job | mine
+
+
+def _check(lead: shard_pb2.DescribeResponse, address: str) -> None:
+    """Whether it is the lead of a job that goes on."""
+    if lead.shard != 0:
+        raise ConfigError(f"{address} is shard {lead.shard}: name shard 0 first")
+    if lead.phase == shard_pb2.PHASE_COMPLETE:
+        raise ShardlineError(f"job {lead.job_id} is complete: there is nothing to join any more")
+    if lead.phase == shard_pb2.PHASE_FAILED:
+        raise JobFailedError(f"job {lead.job_id} has failed: {lead.reason}")
+    if not lead.settings:
+        raise MismatchError(f"{address} runs {lead.release}, which cannot say how to join its job")
+
+
+def _addresses(given: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+    """The given addresses if they are all of the job's, which may have other names from here."""
+    if not known or len(given) == len(known):
+        return given
+    if len(given) == 1:
+        return known
+    raise ConfigError(
+        f"the job has {len(known)} shards, and --join names {len(given)}: name all, or the first"
+    )

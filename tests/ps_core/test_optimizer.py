@@ -1,0 +1,95 @@
+"""ExchangeOptimizer over LocalExchange: what it does itself, without shards."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ps_core.buckets import make_buckets
+from ps_core.errors import NonFiniteError
+from ps_core.exchange import Outcome, Work
+from ps_core.local import LocalExchange
+from ps_core.optim_spec import describe
+from ps_core.optimizer import ExchangeOptimizer
+from ps_core.plan import ParameterSpec, make_plan
+
+
+class Observed:
+    def __init__(self) -> None:
+        self.steps: list[tuple[Outcome, int]] = []
+
+    def before_step(self) -> None:
+        pass
+
+    def take_work(self) -> Work:
+        return Work(samples=3)
+
+    def gradients_cleared(self) -> None:
+        pass
+
+    def after_step(self, outcome: Outcome, samples: int, exchange_seconds: float) -> None:
+        self.steps.append((outcome, samples))
+
+
+def enter(model: nn.Linear, *, skip: bool = False) -> tuple[ExchangeOptimizer, Observed]:
+    inner = torch.optim.SGD(model.parameters(), lr=0.5)
+    specs = [
+        ParameterSpec(name, p.dtype, tuple(p.shape), 0) for name, p in model.named_parameters()
+    ]
+    plan = make_plan(specs, 1, 2**20, 2**20)
+    buckets = make_buckets(plan, list(model.parameters()))
+    exchange, observer = LocalExchange(), Observed()
+    start = exchange.join(plan, buckets, describe(inner), dict)
+    optimizer = ExchangeOptimizer(
+        inner,
+        plan,
+        buckets,
+        exchange,
+        observer,
+        first_step=start.step,
+        nonfinite="skip" if skip else "error",
+    )
+    return optimizer, observer
+
+
+def give_gradients(model: nn.Linear, value: float) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, value)
+
+
+def test_every_step_is_an_exchange_and_flush_has_nothing_left_to_do() -> None:
+    model = nn.Linear(2, 1)
+    optimizer, observer = enter(model)
+    before = model.weight.detach().clone()
+    for samples in (None, 8):
+        give_gradients(model, 1.0)
+        optimizer.step(samples=samples)
+        optimizer.flush()
+    assert torch.equal(model.weight, before - 0.5 - 0.5)
+    assert observer.steps == [(Outcome(1, 1, True, 0), 3), (Outcome(2, 2, True, 0), 8)]
+    assert optimizer.next_step == 2
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_that_names_it() -> None:
+    model = nn.Linear(2, 1)
+    optimizer, _ = enter(model)
+    give_gradients(model, 1.0)
+    optimizer.step()
+    model.bias.grad = torch.full((1,), math.nan)
+    message = r"the gradient of bias holds NaN or infinity at step 1: .*worker\.nonfinite to skip"
+    with pytest.raises(NonFiniteError, match=message):
+        optimizer.step()
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_if_asked() -> None:
+    model = nn.Linear(2, 1)
+    optimizer, observer = enter(model, skip=True)
+    before = model.weight.detach().clone()
+    give_gradients(model, math.inf)
+    optimizer.step()
+    assert torch.equal(model.weight, before)
+    assert observer.steps == [(Outcome(1, 1, False, 0), 0)]
+    assert optimizer.num_skipped == 1
