@@ -39,6 +39,8 @@ class LeadLink:
     def report(self, message: Squares | Ready | Remains | Lost | Failed) -> None:
         """Tell the lead. Does not block."""
         key, request = _encode(message)
+        if isinstance(message, Remains):  # another process of its rank must not count as ready
+            self._said.pop((Ready, message.worker), None)
         self._said[key] = request
         self._outgoing.put_nowait(request)
 

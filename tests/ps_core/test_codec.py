@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from google.protobuf.message import DecodeError, Message
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ps_core import codec, dialogue
@@ -283,6 +283,9 @@ bytes_fields = st.builds(bytes_field, st.sampled_from([3, 4, 8]), st.binary(max_
 
 
 @given(st.lists(st.one_of(number_fields, bytes_fields), max_size=8))
+@example([varint(2 << 3) + varint(2**32 + 5), bytes_field(4, b"data")])
+@example([varint(1 << 3) + varint(2**64 - 1), bytes_field(4, b"data")])
+@example([varint(1 << 3) + varint(7), varint(1 << 3) + padded(0, 3), bytes_field(4, b"")])
 def test_any_fields_of_a_part_are_read_as_the_generated_classes_read_them(
     fields: list[bytes],
 ) -> None:

@@ -297,9 +297,10 @@ class Process:
                     self.values[part], self.versions[part] = value, version
                     self.marks[part] = mark
                     self.expected.pop(part, None)
-            case Numbered(number, answer):
+            case Numbered(number, answer) if number in self.requests:
                 for old in [each for each in self.requests if each <= number]:
-                    del self.requests[old]
+                    if old == number or not wants_answer(self.requests[old]):
+                        del self.requests[old]
                 if isinstance(answer, Grant):
                     self.grants.append(answer)
                 else:
@@ -481,6 +482,10 @@ class Process:
         samples = sum(lease.length for lease in leases)
         abstains = self.chance.random() < self.habits.abstain
         yield from self.take_step(0 if abstains else samples, leases)
+
+
+def wants_answer(request: Ask | Return) -> bool:
+    return isinstance(request, Ask) and request.what is not None
 
 
 def gradient_of(leases: Sequence[Lease], part: int) -> float:

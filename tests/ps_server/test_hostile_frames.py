@@ -28,7 +28,8 @@ from ps_core.leases import PassSpec
 from ps_core.optim_spec import OptimizerSpec
 from ps_core.plan import ParameterSpec
 from ps_core.settings import ConsistencyConfig
-from ps_core.v1 import shard_pb2, tensor_pb2
+from ps_core.v1 import lead_pb2, shard_pb2, tensor_pb2
+from ps_core.v1.lead_pb2 import ControlRequest
 from ps_core.v1.shard_pb2 import (
     Content,
     ExchangeRequest,
@@ -39,6 +40,7 @@ from ps_core.v1.shard_pb2 import (
     WorkerId,
 )
 from tests.processes import Fleet, Process
+from tests.ps_server.shards import Shards
 from tests.wire import HandJob, Wire
 
 MIB: Final = 2**20
@@ -282,6 +284,67 @@ def is_absence(frame: bytes) -> bool:
     except DecodeError:
         return False
     return kind in ("idle", "meet", "lease")
+
+
+# -- The lead's side of the other shards -----------------------------------------------------------
+
+
+def control_messages() -> list[Message]:
+    """All that a shard tells the lead, about workers of the job and others."""
+    remains = lead_pb2.Remains(
+        rank=1, incarnation=5, step=1, leases=[1, 2], used_parts=2, num_parts=4, samples=3
+    )
+    return [
+        ControlRequest(hello=lead_pb2.ShardHello(shard=1, incarnation=5)),
+        ControlRequest(squares=lead_pb2.Squares(step=1, total=0.5)),
+        ControlRequest(ready=lead_pb2.Ready(step=1, rank=1)),
+        ControlRequest(remains=remains),
+        ControlRequest(lost=lead_pb2.Lost(rank=1, incarnation=5, reason="because")),
+    ]
+
+
+def is_failure(frame: bytes) -> bool:
+    """Whether a shard says that it cannot go on, which the lead has to believe."""
+    try:
+        kind = ControlRequest.FromString(frame).WhichOneof("message")
+    except DecodeError:
+        return False
+    return kind in ("failure",)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="sync"),
+        pytest.param({"consistency.backup_workers": 1}, id="backup workers"),
+        pytest.param({"consistency.mode": "async"}, id="async"),
+    ],
+)
+@pytest.mark.parametrize("seed", [SEED])
+def test_no_frame_of_another_shard_harms_the_lead(settings: dict[str, object], seed: int) -> None:
+    consistency = ConsistencyConfig(
+        str(settings.get("consistency.mode", "sync")),  # type: ignore[arg-type]  # one of the modes
+        backup_workers=int(bool(settings.get("consistency.backup_workers"))),
+    )
+    with Shards(num_shards=2, serve=1, settings=settings) as shards:
+        job = HandJob(shards, consistency=consistency)
+        for rank in range(2):
+            job.wires[0].call("Join", job.request(rank, 0))
+            job.open(rank, 0)
+        loads = [codec.encode_initial(part, job.parameters) for part in job.parts_of(0)]
+        job.wires[0].call("Load", LoadRequest(hello=job.hello(0)), *loads)
+        job.meet(Purpose.START)
+        hello, *_ = control_messages()
+        codes = Counter(
+            outcome(job.wires[0], "LeadService/Control", hello, frame)
+            for frame in Spoiler(seed, control_messages()).frames(FRAMES)
+            if not is_failure(frame)
+        )
+        assert min(codes[StatusCode.OK], codes[StatusCode.INVALID_ARGUMENT]) > 50
+        states = {worker.state for worker in job.wires[0].describe().workers}
+        assert states == {"member"}
+        job.meet(Purpose.MEAN)
+        job.close()
 
 
 # -- Jobs that would take all memory, or for ever --------------------------------------------------

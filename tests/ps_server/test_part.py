@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import ParameterSpec, Part, make_plan
-from ps_server.part import PartState
+from ps_server.part import PartState, compensated
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 FLOATS = [F32, F64, BF16, F16]
@@ -409,12 +409,34 @@ def test_delay_compensation_is_the_formula_of_dc_asgd_on_the_raw_gradient() -> N
 
 def test_without_other_updates_delay_compensation_changes_no_bit() -> None:
     (gradient,) = random_gradients(1)
-    plain, compensated = make_state(), make_state()
-    for state in (plain, compensated):
+    plain, corrected = make_state(), make_state()
+    for state in (plain, corrected):
         state.pull(0, copy=True)
         state.contribute(0, 1, LR, [True], gradient)
-        if state is compensated:
+        if state is corrected:
             state.compensate(0, 0.7)
         state.average()
         state.apply(state.version)
-    assert torch.equal(plain.parameters, compensated.parameters)
+    assert torch.equal(plain.parameters, corrected.parameters)
+
+
+@pytest.mark.parametrize(("dtype", "large"), [(F32, 1e30), (F16, 300.0), (BF16, 1e30)])
+def test_delay_compensation_of_a_large_gradient_is_a_number_where_nothing_has_moved(
+    dtype: torch.dtype, large: float
+) -> None:
+    # The square of the gradient is infinite in its own precision, and infinity times 0 is none.
+    gradient, pulled = full(large, dtype), full(1.0, dtype)
+    parameters = pulled.clone()
+    parameters[0] += 0.5
+    corrected = compensated(gradient, parameters, pulled, 0.25)
+    assert corrected.dtype is dtype
+    assert torch.equal(corrected[1:], gradient[1:])
+
+
+def test_delay_compensation_in_half_precision_is_rounded_once() -> None:
+    # 1.5 + 0.25 x 2.25 x (3 - 1) = 2.625, which bfloat16 has; 2.25 x 2 x 0.25 = 1.125 as well.
+    # 301 + 0.001 x 301 x 301 x 2 = 482.202: 301 x 301 is beyond float16.
+    three, one = full(3.0, F16), full(1.0, F16)
+    assert compensated(full(1.5, F16), three, one, 0.25).tolist() == [2.625] * 64
+    expected = torch.tensor(301 + 0.001 * 301 * 301 * 2).to(F16)
+    assert compensated(full(301.0, F16), three, one, 0.001).tolist() == [float(expected)] * 64

@@ -4,7 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ps_server.policy import SYNC, Consistency, Verdict, is_complete, judge, may_continue
+from ps_core.optim_spec import Hyperparameters
+from ps_core.settings import ConsistencyConfig
+from ps_server.policy import (
+    SYNC,
+    Consistency,
+    Verdict,
+    consistency_of,
+    is_complete,
+    judge,
+    may_continue,
+    scaled,
+)
 
 BACKUP = Consistency(quorum=2, bound=0)
 BOUNDED = Consistency(quorum=1, bound=3)
@@ -18,6 +29,51 @@ bounds = st.one_of(st.none(), st.integers(0, 4))
 
 def test_only_a_bound_of_zero_is_lockstep() -> None:
     assert [mode.lockstep for mode in (SYNC, BACKUP, BOUNDED, ASYNC)] == [True, True, False, False]
+
+
+# -- Modes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "consistency"),
+    [
+        (ConsistencyConfig(), SYNC),
+        (ConsistencyConfig(mode="local"), SYNC),
+        (ConsistencyConfig(backup_workers=2), Consistency(None, 0, backups=2)),
+        (ConsistencyConfig(mode="bounded", bound=4), Consistency(1, 4)),
+        (ConsistencyConfig(mode="async"), Consistency(1, None)),
+    ],
+)
+def test_a_mode_is_two_integers(config: ConsistencyConfig, consistency: Consistency) -> None:
+    assert consistency_of(config) == consistency
+
+
+def test_only_with_backup_workers_the_contributors_are_decided_first() -> None:
+    modes = (SYNC, Consistency(None, 0, backups=1), BOUNDED, ASYNC)
+    assert [mode.sealed for mode in modes] == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("consistency", "members", "needed"),
+    [
+        (SYNC, 3, 3),
+        (Consistency(None, 0, backups=1), 3, 2),
+        (Consistency(None, 0, backups=1), 1, 1),
+        (Consistency(None, 0, backups=5), 3, 1),
+        (ASYNC, 3, 1),
+    ],
+)
+def test_an_update_needs_all_members_but_the_backups_and_at_least_one(
+    consistency: Consistency, members: int, needed: int
+) -> None:
+    assert consistency.needed(members) == needed
+
+
+def test_the_learning_rate_is_divided_by_one_more_than_the_staleness_and_nothing_else() -> None:
+    group: Hyperparameters = {"lr": 0.6, "momentum": 0.9, "betas": (0.9, 0.99)}
+    assert scaled(group, 0) == group
+    assert scaled(group, 2) == {"lr": 0.6 / 3, "momentum": 0.9, "betas": (0.9, 0.99)}
+    assert group["lr"] == 0.6
 
 
 # -- Which pushes count ----------------------------------------------------------------------------

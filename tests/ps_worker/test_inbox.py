@@ -170,6 +170,25 @@ def test_a_part_that_is_copied_while_the_meeting_ends_is_expected_again_if_it_is
     assert inbox.expected == {0, 2}
 
 
+def test_a_meeting_takes_a_newer_part_in_place_of_one_that_was_a_repeat(inbox: Inbox) -> None:
+    inbox.expect(PARTS, 4, meets=True)
+    assert arrive(inbox, 0, 4)
+    assert not arrive(inbox, 0, 4)
+    assert arrive(inbox, 0, 6)
+    assert not arrive(inbox, 0, 5)
+    for part in (1, 2):
+        assert arrive(inbox, part, 6)
+    inbox.met(Met(step=6, refreshed=True))
+    assert inbox.wait_for_parts() == 6
+    assert not inbox.wants(0, 7)  # the meeting is over
+
+
+def test_a_step_takes_the_first_part_that_is_new_enough(inbox: Inbox) -> None:
+    inbox.expect(PARTS, 4)
+    assert arrive(inbox, 0, 4)
+    assert not arrive(inbox, 0, 6)
+
+
 def test_each_meeting_is_waited_for_by_itself(inbox: Inbox, threads: ThreadPoolExecutor) -> None:
     inbox.met(Met(step=1))
     assert inbox.wait_for_meeting() == Met(step=1)
