@@ -485,10 +485,14 @@ def test_a_worker_s_words_that_turn_out_wrong_later_evict_it_and_not_the_shard()
         begin = job.begin(1)
         begin.begin.step += 1000
         job.streams[1, 1].send(begin)
+        assert job.streams[1, 1].finish()[0] is StatusCode.OK  # the shard keeps it
+        job.open(1, 1)
         job.epoch -= 1
         job.join(2)
         job.ranks = [0, 1]
         job.ask(2, job.arrival(Purpose.START, 0))
+        assert job.streams[2, 0].finish()[0] is StatusCode.OK  # the lead knows
+        job.open(2, 0)
         for shard in range(2):  # so that the next turn comes, and worker 2 enters
             job.streams[0, shard].send(*job.share(0, shard))
         job.streams[1, 0].send(*job.share(1, 0))

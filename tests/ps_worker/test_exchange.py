@@ -298,6 +298,8 @@ def test_the_end_of_a_meeting_that_is_told_twice_does_not_end_the_next_wait(desk
         desk.answer(part, 1, 7.0)
     assert settled.result(PATIENCE_SECONDS).next_step == 1
     meeting = desk.run(desk.exchange.meet, Arrival(Purpose.MEAN, 1, (5.0,)))
+    while desk.read().number != 3:  # behind the step's begin
+        pass
     desk.stream.send(ExchangeResponse(met=Met(step=1, epoch=3, means=[5.0]), number=3))
     assert meeting.result(PATIENCE_SECONDS).means == (5.0,)
 
