@@ -62,9 +62,10 @@ class ParameterServerExchange:
         self._epoch = 0
         self._versions: dict[int, int] = {}
         """Of each part held."""
-        self._sent: dict[int, list[shard_pb2.ExchangeRequest | bytes]] = {}
-        """Shard → the messages of the open step, its begin first."""
-        self._sent_parts: dict[int, list[int]] = {}
+        self._base: dict[int, int] = {}
+        """The versions that the open step's gradients were computed from."""
+        self._sent: dict[int, list[tuple[int | None, shard_pb2.ExchangeRequest | bytes]]] = {}
+        """Shard → the messages of the open step: its begin, then pushes with the part's index."""
         self._chosen = False
         self._abstained = False
         self._closed = False
@@ -136,8 +137,9 @@ class ParameterServerExchange:
         self._inbox.expect(self._part_numbers, step + 1)
         begin = dialogue.encode_begin(step, self._epoch, work, hyperparameters)
         request = shard_pb2.ExchangeRequest(begin=begin)
-        self._sent = {shard: [request] for shard in self._holders}
-        self._sent_parts = {shard: [] for shard in self._holders}
+        self._sent = {shard: [(None, request)] for shard in self._holders}
+        if not self._lockstep:  # now: answers may come before `settle`
+            self._base = dict(self._versions)
         for shard in self._holders:
             self._clients[shard].send(request)
 
@@ -147,8 +149,7 @@ class ParameterServerExchange:
         for part in self._parts[bucket.layout.index]:
             present = [bucket.present[self._positions[s.parameter][1]] for s in part.slices]
             frame = codec.encode_push(step, part, present, bucket.host_gradients)
-            self._sent[part.shard].append(frame)
-            self._sent_parts[part.shard].append(part.index)
+            self._sent[part.shard].append((part.index, frame))
             self._clients[part.shard].send(frame)
             self._metrics.pushed(part.shard, part.num_bytes)
             self.traffic.pushed_bytes += part.num_bytes
@@ -157,7 +158,6 @@ class ParameterServerExchange:
         """Wait for every part. The shards bound the wait: they end the streams when the job has
         failed.
         """
-        before = dict(self._versions)
         mark = self._inbox.wait_for_parts()
         self._sent = {}
         self._take_over()
@@ -167,7 +167,7 @@ class ParameterServerExchange:
             applied = not self._abstained and refused is None
             return Outcome(mark, version, applied, staleness=0)
         own = 0 if self._abstained else 1
-        staleness = max(self._versions[p] - v - own for p, v in before.items())
+        staleness = max(self._versions[p] - v - own for p, v in self._base.items())
         return Outcome(step + 1, version, not self._abstained, staleness)
 
     def _take_over(self) -> None:
@@ -351,9 +351,7 @@ class ParameterServerExchange:
         if sent is None:
             fetch = shard_pb2.ExchangeRequest(fetch=shard_pb2.Fetch(parts=here))
             return [fetch] if here else []
-        begin, *frames = tuple(sent)
-        parts = self._sent_parts[shard]
-        return [begin, *(f for f, part in zip(frames, parts, strict=False) if part in expected)]
+        return [message for part, message in tuple(sent) if part is None or part in expected]
 
     def recovered(self, shard: int) -> None:
         """A stream is open again."""

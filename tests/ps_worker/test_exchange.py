@@ -366,12 +366,17 @@ def test_a_refused_step_was_not_applied_and_the_next_one_is(desk: Desk) -> None:
 def test_without_lockstep_the_worker_s_own_clock_says_how_new_a_part_is() -> None:
     with joined(ConsistencyConfig("async")) as desk:
         desk.begin(0)
-        settled = desk.run(desk.exchange.settle, 0)
         for clock, value in ((0, 3.0), (1, 7.0)):
             for part in desk.parts:
                 elements = torch.full((desk.plan.parts[part].length,), value)
                 # The others have made seven updates meanwhile, and this push was the eighth.
                 desk.stream.send(codec.encode_answer(8, part, elements, clock=clock))
-        outcome = settled.result(PATIENCE_SECONDS)
+        # A lease that is answered behind the parts: they are all here before the step is settled.
+        desk.exchange.request_lease(0, PassSpec(8, 4))
+        while not (asked := desk.read()).HasField("lease"):
+            pass
+        desk.stream.send(ExchangeResponse(leases=shard_pb2.Leases(), number=asked.number))
+        desk.run(desk.exchange.receive_lease).result(PATIENCE_SECONDS)
+        outcome = desk.run(desk.exchange.settle, 0).result(PATIENCE_SECONDS)
         assert (outcome.next_step, outcome.version, outcome.staleness) == (1, 8, 7)
         assert 3.0 not in desk.values()
