@@ -4,7 +4,7 @@ gate of bounded staleness (SSP, Ho et al. 2013). Pure.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 
 from ps_server.policy import Consistency, may_continue
 
@@ -47,8 +47,13 @@ class Gate:
         self._waiting.pop(worker, None)
         self._sent.pop(worker, None)
 
-    def open(self, live_clocks: Collection[int]) -> list[tuple[int, int, int]]:
-        """Let go of all (worker, clock, part) that need not wait; `live_clocks`: of all members."""
+    def open(self, clocks: Iterable[int]) -> list[tuple[int, int, int]]:
+        """Let go of all (worker, clock, part) that need not wait. `clocks`: of all live members,
+        only read when something waits.
+        """
+        if not self._waiting:
+            return []
+        live_clocks = tuple(clocks)
         opened = [
             (worker, clock, parts)
             for worker, (clock, parts) in sorted(self._waiting.items())

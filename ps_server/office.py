@@ -207,7 +207,8 @@ class Office:
     def request(self, worker: int, loader: int, spec: PassSpec) -> Grant:
         """A lease, if there is one. Raises UsageError when workers disagree."""
         lead = self._joined()
-        speeds = {rank: self._stragglers.speed(rank) or 0.0 for rank in lead.members}
+        sharing = lead.members if spec.global_batch_size else ()
+        speeds = {rank: self._stragglers.speed(rank) or 0.0 for rank in sharing}
         grant = lead.request(worker, loader, spec, speeds)
         self._write()
         return grant

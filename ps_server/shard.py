@@ -316,11 +316,8 @@ class Shard:
 
     def _open_gate(self) -> list[Effect]:
         """Last in every call: what is sent is what the part is then."""
-        live = [self.clock(rank) for rank in self._members]
-        return [
-            self._release(self.parts[part], (worker,), clock)
-            for worker, clock, part in self._gate.open(live)
-        ]
+        opened = self._gate.open(self.clock(rank) for rank in self._members)
+        return [self._release(self.parts[part], (who,), clock) for who, clock, part in opened]
 
     def _advance_all(self) -> Iterator[Effect]:
         if self.policy.lockstep:
