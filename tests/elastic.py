@@ -17,6 +17,8 @@ BATCH_SIZE: Final = 4
 NUM_EPOCHS: Final = 12
 GATE_EPOCH: Final = 2
 """Where workers wait for the test."""
+HOLD_EPOCH: Final = 5
+"""In the middle of which they wait until the file `hold` is gone."""
 
 SCRIPT: Final = f"""
 import sys
@@ -67,6 +69,8 @@ with shardline.connect() as session:
             optimizer.step()
             optimizer.zero_grad()
             print(f"step {{optimizer.next_step}} epoch {{epoch}}", flush=True)
+            while epoch == {HOLD_EPOCH} and (folder / "hold").exists():
+                time.sleep(0.01)
     total = sum(p.detach().double().sum().item() for p in model.parameters())
     print(f"after the loop, sum {{total!r}}", flush=True)
 """

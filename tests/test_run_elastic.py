@@ -6,20 +6,21 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import pytest
 
-from tests.elastic import BATCH_SIZE, NUM_EPOCHS, NUM_SAMPLES, SCRIPT, Account
-from tests.processes import PATIENCE_SECONDS, environment
+from tests.elastic import BATCH_SIZE, HOLD_EPOCH, NUM_EPOCHS, NUM_SAMPLES, SCRIPT, Account
+from tests.processes import PATIENCE_SECONDS, Process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+SETTINGS = {"exchange.part_bytes": 512, "worker.device": "cpu", "metrics.port": -1}
 
 
 class Run:
@@ -28,31 +29,21 @@ class Run:
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
         self.run_dir = folder / "run"
-        self.script = folder / "train.py"
-        self.script.write_text(SCRIPT)
+        (folder / "train.py").write_text(SCRIPT)
         options = ("--shards", "2", *options, "--run-dir", str(self.run_dir))
-        self._lines: list[str] = []
-        self._process = self.start("run", *options)
+        self.launcher = self.start("run", *options)
 
-    def start(self, command: str, *options: str) -> subprocess.Popen[str]:
+    def start(self, command: str, *options: str) -> Process:
         """Start a command that runs the script."""
-        small = {"exchange.part_bytes": 512, "worker.device": "cpu", "metrics.port": -1}
-        return subprocess.Popen(
-            [sys.executable, "-m", "shardline", command, *options, self.script, self.folder],
-            env=environment(small),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        script = [str(self.folder / "train.py"), str(self.folder)]
+        return Process(command, ["-m", "shardline", command, *options, *script], SETTINGS)
 
-    def wait_for(self, words: str) -> None:
-        """Read what the launcher shows until a line has these words."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.append(line)
-            if words in line:
-                return
-        raise AssertionError(f"no {words!r} in\n{''.join(self._lines[-40:])}")
+    def wait_for_joins(self, rank: int, count: int) -> None:
+        """Wait until as many processes of a rank have joined the lead, which only its log tells."""
+        log, deadline = self.run_dir / "shard-0.log", time.monotonic() + PATIENCE_SECONDS
+        while log.read_text().count(f"worker {rank} joined") < count:
+            assert time.monotonic() < deadline, self.launcher.tail()
+            time.sleep(0.05)
 
     def processes(self, role: str) -> list[dict[str, Any]]:
         """Those that the launcher has started, by index."""
@@ -65,8 +56,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Wait for its end, which must be good; the summary."""
-        rest, _ = self._process.communicate(timeout=PATIENCE_SECONDS)
-        assert self._process.returncode == 0, "".join(self._lines[-40:]) + rest
+        assert self.launcher.wait() == 0, self.launcher.tail()
         summary: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
         return summary
 
@@ -76,18 +66,12 @@ class Run:
             file.replace(self.run_dir / file.name)
         return Account(self.run_dir)
 
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.communicate(timeout=PATIENCE_SECONDS)
-
 
 @contextmanager
 def running(folder: Path, *options: str) -> Iterator[Run]:
     run = Run(folder, *options)
-    try:
+    with closing(run.launcher):
         yield run
-    finally:
-        run.close()
 
 
 def check_sums(summary: dict[str, Any], account: Account) -> None:
@@ -105,17 +89,14 @@ def test_a_killed_worker_is_restarted_contributes_again_and_no_sample_is_lost(
     tmp_path: Path,
 ) -> None:
     with running(tmp_path, "--workers", "3") as run:
-        run.wait_for("[worker 1] step 10 ")
-        victim = run.processes("worker")[1]["pid"]
-        os.kill(victim, SIGKILL)
-        run.wait_for("worker 1 was killed by SIGKILL: starting it again")
-        run.wait_for("[worker 0] waits for go")
-        log = run.run_dir / "shard-0.log"
-        while log.read_text().count("worker 1 joined") < 2:
-            run.wait_for("")
+        run.launcher.wait_for(r"\[worker 1\] step 10 ")
+        os.kill(run.processes("worker")[1]["pid"], SIGKILL)
+        run.launcher.wait_for("worker 1 was killed by SIGKILL: starting it again")
+        run.launcher.wait_for(r"\[worker 0\] waits for go")
+        run.wait_for_joins(1, count=2)
         run.open_gate()
         summary = run.finish()
-        account = run.account()
+    account = run.account()
     check_sums(summary, account)
     assert summary["restarts"] == summary["evictions"] == 1
     assert account.in_part() <= BATCH_SIZE
@@ -125,21 +106,21 @@ def test_a_killed_worker_is_restarted_contributes_again_and_no_sample_is_lost(
 
 def test_workers_are_added_and_told_to_go_and_nothing_is_applied_in_part(tmp_path: Path) -> None:
     with running(tmp_path, "--workers", "2:4") as run:
-        run.wait_for("[worker 0] waits for go")
+        run.launcher.wait_for(r"\[worker 0\] waits for go")
         lead = run.processes("shard")[0]["address"]
-        joiners = [run.start("worker", "--join", lead) for _ in range(2)]
-        log = run.run_dir / "shard-0.log"
-        while not all(f"worker {rank} joined" in log.read_text() for rank in (2, 3)):
-            run.wait_for("")
-        run.open_gate()
-        run.wait_for("[worker 1] step")
-        os.kill(run.processes("worker")[1]["pid"], SIGTERM)
-        run.wait_for("worker 1 was preempted")
-        summary = run.finish()
-        for joiner in joiners:
-            out, _ = joiner.communicate(timeout=PATIENCE_SECONDS)
-            assert joiner.returncode == 0, out
-        account = run.account()
+        first, second = (run.start("worker", "--join", lead) for _ in range(2))
+        with closing(first), closing(second):
+            for rank in (2, 3):
+                run.wait_for_joins(rank, count=1)
+            hold = tmp_path / "hold"
+            hold.touch()
+            run.open_gate()
+            run.launcher.wait_for(rf"\[worker 1\] step \d+ epoch {HOLD_EPOCH}")
+            os.kill(run.processes("worker")[1]["pid"], SIGTERM)
+            hold.unlink()
+            summary = run.finish()
+            assert [first.wait(), second.wait()] == [0, 0]
+    account = run.account()
     check_sums(summary, account)
     assert summary["samples_applied_in_part"] == 0
     assert summary["preemptions"] == len(account.events("preempted")) == 1

@@ -32,11 +32,10 @@ _MAX_MESSAGE_BYTES: Final = 2**16
 class ForkedChild:
     """A running process, with the part of subprocess.Popen's interface that the tests use."""
 
-    def __init__(self, zygote: Zygote, pid: int, stdout: int) -> None:
+    def __init__(self, pid: int, stdout: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
         self.stdout = os.fdopen(stdout, encoding="utf-8", errors="replace")
-        self._zygote = zygote
         self._ended = threading.Event()
 
     def poll(self) -> int | None:
@@ -96,7 +95,7 @@ class Zygote:
             os.close(writer)
             if not self._answered.acquire(timeout=_START_SECONDS):
                 raise AssertionError("the zygote does not start a process")
-            child = ForkedChild(self, self._pids.pop(), reader)
+            child = ForkedChild(self._pids.pop(), reader)
             self._children[child.pid] = child
         self._socket.send(json.dumps({"known": child.pid}).encode())
         return child

@@ -25,6 +25,7 @@ from ps_core.settings import ConsistencyConfig
 from tests.reference import (
     MIXED,
     Batch,
+    DiLoCo,
     Net,
     assert_close,
     gradients_of,
@@ -225,40 +226,9 @@ def together(workers: Sequence[Worker], run: Callable[[int, Worker], None]) -> N
 # -- DiLoCo written out ----------------------------------------------------------------------------
 
 
-@dataclass
-class DiLoCo:
-    """All workers in one loop, plain tensors, nothing of the project."""
-
-    models: Sequence[nn.Module]
-    inners: Sequence[torch.optim.Optimizer]
-    lr: float = 0.7
-    momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        self.held = [p.detach().clone() for p in self.models[0].parameters()]
-        self.velocity = [torch.zeros_like(value) for value in self.held]
-
-    def round(self, batches: Sequence[Sequence[Batch]]) -> None:
-        """One exchange, after these batches of each worker."""
-        changes = []
-        for model, inner, own in zip(self.models, self.inners, batches, strict=True):
-            train(model, inner, own)
-            pairs = zip(self.held, model.parameters(), strict=True)
-            changes.append([held - p.detach() for held, p in pairs])
-        weights = [sum(len(x) for x, _ in own) for own in batches]
-        for number, each in enumerate(zip(*changes, strict=True)):
-            mean = weighted_mean(each, [weight / sum(weights) for weight in weights])
-            velocity = self.momentum * self.velocity[number] + mean
-            self.velocity[number] = velocity
-            self.held[number] = self.held[number] - self.lr * (mean + self.momentum * velocity)
-        for model in self.models:
-            for p, held in zip(model.parameters(), self.held, strict=True):
-                p.data.copy_(held)
-
-
 def diloco(models: int, make_inner: MakeInner, dtype: str = "float64") -> DiLoCo:
     nets = [initial_net(dtype) for _ in range(models)]
-    return DiLoCo(nets, [make_inner(net) for net in nets])
+    return DiLoCo(nets, [make_inner(net) for net in nets], lr=0.7, momentum=0.9)
 
 
 def assert_same_state(
@@ -388,7 +358,7 @@ def test_local_steps_on_a_gpu_are_diloco() -> None:
 
     worker = enter(initial_net().cuda(), adamw, local_steps=3)
     net = initial_net().cuda()
-    expected = DiLoCo([net], [adamw(net)])
+    expected = DiLoCo([net], [adamw(net)], lr=0.7, momentum=0.9)
     for number in range(3):
         batches = [on_gpu(samples(6, 3 * number + n)) for n in range(3)]
         for batch in batches:
@@ -469,7 +439,7 @@ def test_what_a_meeting_writes_is_where_the_next_inner_steps_begin() -> None:
     worker.optimizer.next_step = 9
     expected = initial_net()
     expected.load_state_dict(worker.model.state_dict())
-    job = DiLoCo([expected], [sgd(expected)], momentum=0.0)
+    job = DiLoCo([expected], [sgd(expected)], lr=0.7, momentum=0.0)
     for n in range(2, 4):
         worker.step(samples(4, n))
     job.round([[samples(4, 2), samples(4, 3)]])
@@ -743,7 +713,7 @@ def test_frozen_parameters_stay_frozen_and_are_not_exchanged() -> None:
 
     worker, plain = enter(freeze(), adamw, local_steps=2), freeze()
     assert sum(len(bucket.members) for bucket in worker.buckets) == len(values(plain)) - 2
-    expected = DiLoCo([plain], [adamw(plain)])
+    expected = DiLoCo([plain], [adamw(plain)], lr=0.7, momentum=0.9)
     for number in range(2):
         batches = [samples(4, 2 * number + n) for n in range(2)]
         for batch in batches:
