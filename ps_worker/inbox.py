@@ -122,9 +122,12 @@ class Inbox:
 
     @property
     def expected(self) -> frozenset[int]:
-        """The parts that have not come yet."""
+        """The parts that have not come yet; in a meeting, of which nobody knows yet what its end
+        says, all of them.
+        """
         with self._changed:
-            return frozenset(self._expected)
+            known = self._marks if self._meets else ()
+            return frozenset(self._expected).union(known)
 
     def wait_for_parts(self) -> int:
         """Return once every expected part has arrived: the lowest of their marks. Raises the
