@@ -10,6 +10,7 @@ from ps_core.errors import ProtocolError
 from ps_core.exchange import Arrival, Grant, Position, Purpose, Work
 from ps_core.leases import Lease, PassSpec
 from ps_core.optim_spec import Hyperparameters
+from ps_core.point import Point
 from ps_core.v1 import shard_pb2
 
 MAX_STEP = 2**62
@@ -35,7 +36,7 @@ def encode_begin(
             data_seconds=work.data_seconds, compute_seconds=work.compute_seconds
         ),
         schedules=work.schedules,
-        data_epoch=work.data_epoch,
+        point=encode_point(work.point),
     )
 
 
@@ -55,8 +56,18 @@ def decode_work(message: shard_pb2.Begin) -> Work:
         phases.data_seconds,
         phases.compute_seconds,
         tuple(message.schedules),
-        message.data_epoch,
+        decode_point(message.point),
     )
+
+
+def encode_point(point: Point) -> shard_pb2.Point:
+    """A call of the script."""
+    return shard_pb2.Point(loop=point.loop, data_epoch=point.data_epoch, count=point.count)
+
+
+def decode_point(message: shard_pb2.Point) -> Point:
+    """The inverse."""
+    return Point(message.loop, message.data_epoch, message.count)
 
 
 def _check_step(step: int) -> None:
@@ -72,7 +83,7 @@ def encode_meet(arrival: Arrival) -> shard_pb2.Meet:
         values=arrival.values,
         weight=arrival.weight,
         takes_leases=arrival.takes_leases,
-        data_epoch=arrival.data_epoch,
+        point=encode_point(arrival.point),
     )
 
 
@@ -91,7 +102,7 @@ def decode_meet(message: shard_pb2.Meet) -> Arrival:
         tuple(message.values),
         message.weight,
         message.takes_leases,
-        message.data_epoch,
+        decode_point(message.point),
     )
 
 
@@ -101,6 +112,7 @@ def encode_lease_request(loader: int, spec: PassSpec) -> shard_pb2.LeaseRequest:
     wanted: shard_pb2.Pass = getattr(message, "pass")  # a word of Python's, too
     wanted.num_samples, wanted.batch_size = spec.num_samples, spec.batch_size
     wanted.global_batch_size, wanted.drop_last = spec.global_batch_size, spec.drop_last
+    wanted.point.CopyFrom(encode_point(spec.point))
     return message
 
 
@@ -113,7 +125,11 @@ def decode_pass(message: shard_pb2.LeaseRequest) -> PassSpec | None:
         raise ProtocolError(f"a pass over {wanted.num_samples} samples never ends")
     try:
         return PassSpec(
-            wanted.num_samples, wanted.batch_size, wanted.global_batch_size, wanted.drop_last
+            wanted.num_samples,
+            wanted.batch_size,
+            wanted.global_batch_size,
+            wanted.drop_last,
+            decode_point(wanted.point),
         )
     except ValueError as error:
         raise ProtocolError(f"no pass is like this: {error}") from error
@@ -125,7 +141,7 @@ def encode_grant(grant: Grant) -> shard_pb2.Leases:
         shard_pb2.Lease(id=each.id, start=each.start, length=each.length) for each in grant.leases
     ]
     loader = grant.leases[0].loader if grant.leases else 0
-    message = shard_pb2.Leases(loader=loader, leases=leases)
+    message = shard_pb2.Leases(loader=loader, leases=leases, over=grant.is_over)
     setattr(message, "pass", grant.number)
     return message
 
@@ -136,24 +152,24 @@ def decode_grant(message: shard_pb2.Leases) -> Grant:
     leases = (
         Lease(each.id, message.loader, number, each.start, each.length) for each in message.leases
     )
-    return Grant(number, tuple(leases))
+    return Grant(number, tuple(leases), message.over)
 
 
 def encode_position(position: Position) -> shard_pb2.Position:
     """Where a running job stands."""
     return shard_pb2.Position(
-        data_epoch=position.data_epoch,
+        point=encode_point(position.point),
         schedules=position.schedules,
         schedules_step=position.schedules_step,
-        schedules_epoch=position.schedules_epoch,
+        schedules_point=encode_point(position.schedules_point),
     )
 
 
 def decode_position(message: shard_pb2.Position) -> Position:
     """The inverse."""
     return Position(
-        message.data_epoch,
+        decode_point(message.point),
         tuple(message.schedules),
         message.schedules_step,
-        message.schedules_epoch,
+        decode_point(message.schedules_point),
     )

@@ -18,6 +18,7 @@ from ps_core.buckets import Bucket
 from ps_core.leases import Lease, PassSpec
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import Plan
+from ps_core.point import BEGINNING, Point
 
 
 class Purpose(enum.IntEnum):
@@ -52,22 +53,22 @@ class Arrival:
     weight: float = 1.0
     takes_leases: bool = False
     """It goes on with its pass when another worker's lease comes back."""
-    data_epoch: int = 0
-    """Index in `session.epochs`."""
+    point: Point = BEGINNING
+    """Which call of the script this is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
     """Where a running job stands when a worker joins it."""
 
-    data_epoch: int
-    """Index in `session.epochs`."""
+    point: Point
+    """The body of `session.epochs` that the others are in; its `count` is 0."""
     schedules: tuple[int, ...] = ()
     """How often each scheduler of `session.scheduler` has been stepped by the other workers, as of
-    their step `schedules_step` in the data epoch `schedules_epoch`.
+    their step `schedules_step` in the body `schedules_point`.
     """
     schedules_step: int = 0
-    schedules_epoch: int = 0
+    schedules_point: Point = BEGINNING
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Work:
     """How long it computed on them."""
     schedules: tuple[int, ...] = ()
     """As in `Position`."""
-    data_epoch: int = 0
+    point: Point = BEGINNING
     """As in `Position`."""
 
 
@@ -126,6 +127,8 @@ class Meeting:
     """This worker's buffers count, and it writes the model."""
     grant: Grant | None = None
     """At the end of an epoch: the pass is not over, these samples came back."""
+    is_past: bool = False
+    """The others met here before this worker joined: the means are theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,8 @@ class Grant:
     """Of the loader's pass, from 0; it seeds the permutation."""
     leases: tuple[Lease, ...]
     """Empty: there is nothing left for this worker now."""
+    is_over: bool = False
+    """The pass had ended before this worker came to it."""
 
 
 @dataclass(slots=True)

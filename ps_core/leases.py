@@ -17,6 +17,8 @@ tests/ps_core/test_leases.py:
    script that always skips a short batch would never end its pass.
 7. When a pass ends, what is free or granted in it is abandoned.
 8. The book remembers leases that are out, and numbers of samples: nothing of a closed lease.
+9. Who comes to a pass that has ended is told so, and opens no other one: a worker that has joined
+   a running job passes over what the job has read before.
 
 Which positions a worker is granted: ps_core/lease_pool.py.
 """
@@ -30,6 +32,7 @@ from enum import Enum
 
 from ps_core.errors import ProtocolError, UsageError
 from ps_core.lease_pool import Asking, FirstCome, Piece, Pool, Rounds, Stripes
+from ps_core.point import BEGINNING, Point
 from ps_core.ranges import Ranges
 
 
@@ -44,6 +47,8 @@ class PassSpec:
     global_batch_size: int = 0
     """Samples of one update over all workers, shared out by speed; 0: `batch_size` each."""
     drop_last: bool = False
+    point: Point = BEGINNING
+    """Which call of the script reads this pass; without a `count`: any, the one that is open."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a size that nothing can be read with."""
@@ -119,6 +124,8 @@ class Answer:
     """None: there is nothing for this worker now."""
     opened: PassOpened | None
     """The request has opened the pass."""
+    is_over: bool = False
+    """The pass had ended before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +190,8 @@ class LeaseBook:
         self._striped = striped
         self._passes: dict[int, _Pass] = {}
         self._num_passes: Counter[int] = Counter()
+        self._ended: dict[int, Point] = {}
+        """Loader → which call of the script read its last pass that has ended."""
         self._out: dict[int, _Out] = {}
         self._begun: dict[int, _Begun] = {}
         self._last_id = 0
@@ -197,13 +206,15 @@ class LeaseBook:
         workers: Sequence[int],
         speeds: Mapping[int, float] = {},
     ) -> Answer:
-        """Grant a lease of the loader's open pass; opens one when there is none. Rules 1 and 2.
+        """Grant a lease of the loader's open pass; opens one when there is none. Rules 1, 2 and 9.
 
         `workers`: all that share the pass, with `worker`, in any order: also those that wait at its
         end, not those that have left it. `speeds`: samples per second, where known. Raises
         UsageError when the workers do not agree on what the pass reads.
         """
         assert worker in workers
+        if spec.point.count and spec.point <= self._ended.get(loader, BEGINNING):
+            return Answer(0, None, None, is_over=True)
         opened = self._open(loader, spec)
         current = self._passes[loader]
         _check_same(loader, worker, spec, current.spec)
@@ -348,6 +359,7 @@ class LeaseBook:
         return out.lease
 
     def _end(self, loader: int, current: _Pass) -> PassEnd:
+        self._ended[loader] = current.spec.point
         for out in [out for out in self._out.values() if out.lease.loader == loader]:
             self._close(out, State.ABANDONED)
         for positions in current.pool.free():

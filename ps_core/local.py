@@ -121,7 +121,7 @@ class LocalExchange:
         self._reading = loader, spec
         answer = self._leases.request(loader, spec, _ALONE, (_ALONE,))
         leases = () if answer.lease is None else (answer.lease,)
-        self._granted.append(Grant(answer.number, leases))
+        self._granted.append(Grant(answer.number, leases, answer.is_over))
 
     def receive_lease(self) -> Grant:
         """What was taken."""

@@ -14,9 +14,9 @@ import torch
 from ps_core.buckets import Bucket
 from ps_core.errors import NonFiniteError, UsageError
 from ps_core.exchange import (
-    Arrival,
     DataLeases,
     Exchange,
+    Meeting,
     OptimizerState,
     Outcome,
     Peers,
@@ -48,6 +48,10 @@ class StepObserver(Protocol):
 
     def after_step(self, outcome: Outcome, samples: int, exchange_seconds: float) -> None:
         """The parameters are those of `outcome.version`."""
+        ...
+
+    def meet(self, purpose: Purpose) -> Meeting:
+        """Wait for all workers, and take over the step that they go on with."""
         ...
 
 
@@ -170,7 +174,8 @@ class ExchangeOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Accepts what `state_dict()` of this or of the plain torch optimizer gave. Call it on
-        every worker.
+        every worker. A worker that has joined a running job changes nothing: its job has gone on
+        from there.
         """
         super().load_state_dict({**state_dict, "state": {}})
         self._inner.param_groups = self.param_groups
@@ -180,8 +185,9 @@ class ExchangeOptimizer(torch.optim.Optimizer):
             for index, position in enumerate(self._torch_indices)
             if position in given
         }
-        self._exchange.write_state(state)
-        self.next_step = self._exchange.meet(Arrival(Purpose.LOAD, self.next_step)).step
+        if not self._observer.meet(Purpose.LOAD).is_past:
+            self._exchange.write_state(state)
+        self._observer.meet(Purpose.LOAD)  # the others go on once it is written
 
     def _own_state(self, index: int, entries: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """A parameter's state entries with its own shape and dtype, which only "step" does not take

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
 from ps_core.exchange import Arrival, Grant
 from ps_core.leases import PassSpec
+from ps_server.terms import Member
 
 
 class State(Enum):
@@ -79,6 +80,14 @@ class Crew(dict[int, Worker]):
     def members(self) -> frozenset[int]:
         """The ranks that updates wait for."""
         return frozenset(rank for rank, each in self.items() if each.state is State.MEMBER)
+
+    def terms(self, entering: Collection[int]) -> dict[int, Member]:
+        """On which terms each rank is a member."""
+        return {
+            rank: Member(each.incarnation, each.first_step, rank in entering)
+            for rank, each in self.items()
+            if each.state is State.MEMBER
+        }
 
     def present(self) -> Iterator[tuple[int, Worker]]:
         """The workers that take part, members or not, by rank."""

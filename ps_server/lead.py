@@ -9,7 +9,8 @@ The rules, each with a scenario in tests/ps_server/scenarios:
 3.  A worker that goes idle is no member from then on: a new membership epoch says so to every
     shard.
 4.  A meeting ends when every worker that is present has come for the same purpose. All who came are
-    members of a new epoch, and go on at the highest step that anybody has begun or reached.
+    members of a new epoch, and go on at the highest step that anybody has begun or reached. Who
+    has joined since the others met is told what that came to.
 5.  The clip factor of a step is known when every shard that holds parts has reported its squares.
 6.  The job is complete when a worker has finished and none is present, and fails when a worker says
     that any other would fail as well.
@@ -44,7 +45,8 @@ from ps_server.orders import Complete, Effect, Factor, Failed, Membership, Met, 
 from ps_server.patience import Patience, awaited
 from ps_server.policy import Consistency
 from ps_server.seals import Seals
-from ps_server.terms import Begin, Cause, Member, Terms
+from ps_server.terms import Begin, Cause, Terms
+from ps_server.whereabouts import Whereabouts
 
 
 class Lead:
@@ -73,7 +75,7 @@ class Lead:
         self._policy = policy
         self._seals = Seals(policy, holders)
         self._clip = Clip(max_grad_norm, holders)
-        self._position = Position(0)
+        self._whereabouts = Whereabouts()
         self._patience = Patience(terms)
         self._holds_turn = False
         """It is a turn, which waits for the end of a pause."""
@@ -160,9 +162,7 @@ class Lead:
         if begin.step < known.first_step:
             return [Readmitted(worker, known.first_step)]
         self.ledger.begin(worker, known.incarnation, begin.step, begin.samples, begin.leases)
-        latest = self._position.schedules_epoch, self._position.schedules_step
-        if (position.schedules_epoch, position.schedules_step) >= latest:
-            self._position = position
+        self._whereabouts.begun(position)
         return []
 
     def arrived(self, worker: int, step: int, version: int) -> list[Effect]:
@@ -257,13 +257,16 @@ class Lead:
         known = self.crew[worker]
         if known.is_away:  # it left before this was read
             return []
+        if (past := self._whereabouts.past(arrival)) is not None:
+            chosen = worker == min(self.present)
+            return [Met(worker, arrival.step, self.epoch, past, chosen, is_past=True)]
         if arrival.purpose is Purpose.START:
             known.arrival, known.enters = arrival, "joins"
             return self._look_around()
         for rank, other in self.crew.present():
             if other.arrival and rank != worker and not other.enters:
                 check_same(worker, arrival, rank, other.arrival)
-        self._position = replace(self._position, data_epoch=arrival.data_epoch)
+        self._whereabouts.arrived(arrival)
         effects = self._rest(worker)
         # What it still holds stays its own until the pass ends: samples that it has only read.
         known.arrival = arrival
@@ -296,6 +299,7 @@ class Lead:
         else:  # a mean is of whatever each holds
             stale = {r for r, arrival in arrivals.items() if arrival.purpose is not Purpose.MEAN}
         means = weighted_means(list(arrivals.values()))
+        self._whereabouts.met(arrivals.values(), means)
         self.turn, self._holds_turn = max(self.turn, step), False
         for rank in arrivals:
             self.crew[rank].become_member(step)
@@ -351,7 +355,7 @@ class Lead:
         step = self.crew[rank].first_step
         if was.enters == "late":
             return Readmitted(rank, step)
-        position = self._position if was.enters == "joins" else None
+        position = self._whereabouts.position if was.enters == "joins" else None
         chosen = rank == min(self.present)
         return Met(rank, step, self.epoch, (), chosen, True, was.grant, position)
 
@@ -368,12 +372,7 @@ class Lead:
         self, evicted: Mapping[int, int] = {}, *, entering: Collection[int] = ()
     ) -> Membership:
         self.epoch += 1
-        members = {
-            rank: Member(known.incarnation, known.first_step, rank in entering)
-            for rank, known in self.crew.items()
-            if known.state is State.MEMBER
-        }
-        return Membership(self.epoch, members, evicted)
+        return Membership(self.epoch, self.crew.terms(entering), evicted)
 
     # -- Time --------------------------------------------------------------------------------------
 

@@ -146,7 +146,8 @@ class Ledger:
         answer = self.book.request(loader, spec, worker, workers, speeds)
         if answer.opened is not None:
             self._entries.append(answer.opened)
-        return Grant(answer.number, () if answer.lease is None else (answer.lease,))
+        leases = () if answer.lease is None else (answer.lease,)
+        return Grant(answer.number, leases, answer.is_over)
 
     def give_back(self, worker: int, leases: Sequence[int], *, declined: bool) -> None:
         """Leases that no step will use."""

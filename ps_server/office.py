@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+from ps_core import dialogue
 from ps_core.errors import DataLossError, MismatchError, ProtocolError
 from ps_core.exchange import Arrival, Grant, Position
 from ps_core.job import Job
@@ -161,9 +162,8 @@ class Office:
     def begin(self, worker: int, begin: Begin, message: shard_pb2.Begin) -> None:
         """A worker opens a step."""
         self._begun[worker] = time.monotonic(), message
-        position = Position(
-            message.data_epoch, tuple(message.schedules), begin.step, message.data_epoch
-        )
+        point = dialogue.decode_point(message.point)
+        position = Position(point, tuple(message.schedules), begin.step, point)
         self._perform(self._joined().begin(worker, begin, position))
 
     def arrived(self, worker: int, step: int, version: int) -> None:

@@ -50,6 +50,8 @@ class Met:
     """Every shard sends it every part."""
     grant: Grant | None = None
     position: Position | None = None
+    is_past: bool = False
+    """The others met here before it joined."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,7 @@ class ParameterServerExchange:
             self._load_extras()
         met = self._wait_for_all(arrival)
         grant = dialogue.decode_grant(met.leases) if met.HasField("leases") else None
-        return Meeting(met.step, tuple(met.means), met.chosen, grant)
+        return Meeting(met.step, tuple(met.means), met.chosen, grant, met.past)
 
     def _wait_for_all(self, arrival: Arrival) -> shard_pb2.Met:
         # Parts may come before the word that announces them, from a shard that is faster.

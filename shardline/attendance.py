@@ -5,11 +5,14 @@ once all have met.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from ps_core.errors import ShardlineError
 from ps_core.exchange import Arrival, Grant, Meeting, Peers, Purpose
+from ps_core.point import BEGINNING, Point
 
 
 class Stepping(Protocol):
@@ -44,8 +47,12 @@ class Attendance:
         """All have met in this body of `session.epochs`, and no step has followed."""
         self._give_back: Callable[[], None] = _nothing
         """To be called before the meeting that is owed."""
-        self.data_epoch = 0
-        """Index in `session.epochs`."""
+        self.point = BEGINNING
+        """The body of `session.epochs` that the script is in."""
+        self._num_reads: Counter[int] = Counter()
+        """Loader → how often the script has read it in this body."""
+        self._num_meetings = 0
+        """In this body, those that the script calls for."""
         self.num_ends = 0
         """How often a pass has ended: leases that were granted before are void."""
 
@@ -105,10 +112,29 @@ class Attendance:
             self.num_ends += 1
         return meeting.grant
 
+    def begin_loop(self) -> int:
+        """Another `session.epochs` begins: its number, from 1."""
+        self._enter(Point(self.point.loop + 1))
+        return self.point.loop
+
     def begin_loop_body(self, epoch: int) -> None:
         """The body of `session.epochs` begins."""
-        self.data_epoch = epoch
+        self._enter(Point(self.point.loop, epoch))
         self._met = False
+
+    def _enter(self, point: Point) -> None:
+        self.point = point
+        self._num_reads.clear()
+        self._num_meetings = 0
+
+    def begin_pass(self, loader: int) -> Point:
+        """The script begins to read a loader: which call this is."""
+        self._num_reads[loader] += 1
+        return replace(self.point, count=self._num_reads[loader])
+
+    def pass_over(self) -> None:
+        """The others ended this pass before this worker joined: there is nothing to meet for."""
+        self._met = True
 
     def end_loop_body(self) -> None:
         """It has ended: meet, unless a loader has done so already. A worker that had no data in it
@@ -132,8 +158,10 @@ class Attendance:
             return Meeting(0, tuple(values), chosen=True)
         self._flush()
         step = self._optimizer.next_step if self._optimizer else 0
+        self._num_meetings += purpose is not Purpose.EPOCH
+        point = replace(self.point, count=self._num_meetings)
         meeting = self._peers.meet(
-            Arrival(purpose, step, tuple(values), weight, takes_leases, self.data_epoch)
+            Arrival(purpose, step, tuple(values), weight, takes_leases, point)
         )
         if self._optimizer:
             self._optimizer.next_step = meeting.step

@@ -6,7 +6,7 @@ import operator
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ class LeaseStream:
         self._num_open = self._num_void = 0
         self._kept: deque[Grant] = deque()
         self._is_dry = False
+        self.is_over = False
+        """The pass had ended before this worker came to it."""
 
     def begin(self, grant: Grant | None = None) -> None:
         """A pass begins, or goes on with what has come back. What was asked for in a pass that was
@@ -85,6 +87,7 @@ class LeaseStream:
             if grant.leases:
                 return grant.leases[0]
             self._is_dry = True
+            self.is_over |= grant.is_over
 
     def accept(self, grant: Grant) -> None:
         """The answer to the oldest request."""
@@ -158,11 +161,17 @@ class Loader:
         place, index = self._place, self._place.index
         place.attendance.ensure_met()
         place.steps.begin_pass(index)
+        self._stream.is_over = False
+        self._stream.spec = replace(self._spec, point=place.attendance.begin_pass(index))
         is_over, grant = False, None
         try:
             while not is_over:
                 self._stream.begin(grant)
                 yield from self._batches(self._stream)
+                if self._stream.is_over:
+                    place.attendance.pass_over()
+                    is_over = True
+                    continue
                 if place.requests.latest is not self._stream:  # the lead would offer another's
                     grant = None
                     continue

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPl
 
 from ps_core.errors import UsageError
 from ps_core.exchange import Position, Start
+from ps_core.point import Point
 
 S = TypeVar("S", bound=LRScheduler)
 
@@ -65,9 +66,16 @@ def _target(position: Position, step: int, index: int) -> int:
     if index >= len(position.schedules):
         return 0
     count, updates = position.schedules[index], position.schedules_step
-    if _ratio(count, updates) <= _ratio(count, position.schedules_epoch):
+    if _ratio(count, updates) <= _ratio(count, position.schedules_point.data_epoch):
         return round(count * step / updates) if updates else step
-    return count + position.data_epoch - position.schedules_epoch
+    return count + _epochs_between(position.schedules_point, position.point)
+
+
+def _epochs_between(before: Point, after: Point) -> int:
+    """How many data epochs have ended in between, of two loops at least."""
+    if before.loop == after.loop:
+        return after.data_epoch - before.data_epoch
+    return 1 + after.data_epoch
 
 
 def _ratio(one: int, other: int) -> float:

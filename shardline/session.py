@@ -34,6 +34,7 @@ from ps_core.metrics import Endpoint, WorkerMetrics, start_endpoint
 from ps_core.optim_spec import OptimizerSpec, check_consistency, check_norm, describe
 from ps_core.optimizer import ExchangeOptimizer, JobExchange
 from ps_core.plan import ParameterSpec, Plan, make_plan
+from ps_core.point import BEGINNING
 from ps_core.settings import Config, ConsistencyConfig
 from ps_core.tensors import TRAINABLE
 from ps_worker.exchange import ParameterServerExchange
@@ -123,7 +124,6 @@ class Session:
         self._num_loaders = 0
         self._start = Start(0, chosen=True)
         self._optimizer: ExchangeOptimizer | None = None
-        self._first_epoch = 0
         self._reported: dict[str, Scalar] = {}
         self._model: torch.nn.Module | None = None
 
@@ -173,7 +173,6 @@ class Session:
         self._optimizer = self._wrap(optimizer, plan, buckets, spec, max_grad_norm)
         self._attendance.bind(self.exchange, self._optimizer)
         if start.position is not None:
-            self._first_epoch = start.position.data_epoch
             _say(f"worker {self.rank} joins a running job at step {start.step}")
         return self._optimizer
 
@@ -211,9 +210,11 @@ class Session:
     def epochs(self, count: int) -> Iterator[int]:
         """0 … count - 1. All workers meet after each, and then hold the same, newest parameters.
 
-        On a worker that has joined a running job the first call begins with the others' epoch.
+        A worker that has joined a running job begins with the others' epoch.
         """
-        first, self._first_epoch = self._first_epoch, 0
+        loop = self._attendance.begin_loop()
+        there = self._start.position.point if self._start.position else BEGINNING
+        first = there.data_epoch if loop == there.loop else 0 if loop > there.loop else count
         num_loaders = self._num_loaders
         for epoch in range(first, count):
             # A loader that is made anew in every epoch is the same one: its next pass follows.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from ps_core.exchange import DataLeases, Outcome, Work
+from ps_core.exchange import DataLeases, Meeting, Outcome, Purpose, Work
 from ps_core.leases import Lease
 from ps_core.metrics import WorkerMetrics
 from shardline.attendance import Attendance
@@ -183,7 +183,7 @@ class Steps:
             data_seconds=data_seconds,
             compute_seconds=compute_seconds,
             schedules=self._count_schedules(),
-            data_epoch=self._attendance.data_epoch,
+            point=self._attendance.point,
         )
 
     def gradients_cleared(self) -> None:
@@ -204,9 +204,13 @@ class Steps:
         self._attendance.step_taken()
         self.num_steps += 1
         self.num_samples += samples
-        self._journal.step(self._attendance.data_epoch, outcome.version, self.num_samples)
+        self._journal.step(self._attendance.point.data_epoch, outcome.version, self.num_samples)
         if self._brings_own_data:
             self._check_preempted()
+
+    def meet(self, purpose: Purpose) -> Meeting:
+        """See StepObserver."""
+        return self._attendance.meet(purpose)
 
     def _stop_computing(self, now: float) -> None:
         """Whatever the script has done since its batch is done."""

@@ -61,6 +61,7 @@ with shardline.connect() as session:
     optimizer = session.optimizer(sgd, model)
     print(f"starts with step {{optimizer.next_step}}", flush=True)
     loader = session.loader(Squares(session.rank), batch_size={BATCH_SIZE})
+    print(f"mean {{session.mean(1.0 + session.rank)}}", flush=True)
     for epoch in session.epochs({NUM_EPOCHS}):
         if epoch == {GATE_EPOCH}:
             wait_for("go")

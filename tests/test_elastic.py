@@ -169,6 +169,24 @@ def test_workers_join_a_running_job_and_share_its_samples(fleet: Fleet) -> None:
         first = joiner.wait_for(r"^step (\d+) epoch (\d+)$")
         assert int(first[1]) == step + 1
         assert int(first[2]) >= 2, "it goes on in the others' epoch"
+        assert "mean 1.5" in joiner.output, "what the others' numbers came to before it joined"
+
+
+def test_after_everybody_has_died_between_two_passes_the_next_one_follows(fleet: Fleet) -> None:
+    shards, workers = start(fleet)
+    for worker in workers:
+        worker.wait_for("^waits for go$")
+    for worker in workers:
+        worker.send(SIGKILL)
+        worker.wait()
+    for rank in range(2):
+        shards[0].wait_for(f"worker {rank} is evicted")
+    open_gate(fleet)
+    again = [start_worker(fleet, rank) for rank in range(2)]
+    assert [process.wait() for process in (*again, *shards)] == [0] * 4
+    account = Account(fleet.folder)
+    account.check()
+    assert account.in_part() == 0
 
 
 def test_a_worker_that_is_told_to_end_leaves_at_its_next_batch_with_75(fleet: Fleet) -> None:

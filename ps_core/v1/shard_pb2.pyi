@@ -202,7 +202,7 @@ class Hello(_message.Message):
     def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("step", "epoch", "samples", "groups", "leases", "phases", "schedules", "data_epoch")
+    __slots__ = ("step", "epoch", "samples", "groups", "leases", "phases", "schedules", "point")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -210,7 +210,7 @@ class Begin(_message.Message):
     LEASES_FIELD_NUMBER: _ClassVar[int]
     PHASES_FIELD_NUMBER: _ClassVar[int]
     SCHEDULES_FIELD_NUMBER: _ClassVar[int]
-    DATA_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     samples: int
@@ -218,8 +218,18 @@ class Begin(_message.Message):
     leases: _containers.RepeatedScalarFieldContainer[int]
     phases: Phases
     schedules: _containers.RepeatedScalarFieldContainer[int]
+    point: Point
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., samples: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[Hyperparameters, _Mapping]]] = ..., leases: _Optional[_Iterable[int]] = ..., phases: _Optional[_Union[Phases, _Mapping]] = ..., schedules: _Optional[_Iterable[int]] = ..., point: _Optional[_Union[Point, _Mapping]] = ...) -> None: ...
+
+class Point(_message.Message):
+    __slots__ = ("loop", "data_epoch", "count")
+    LOOP_FIELD_NUMBER: _ClassVar[int]
+    DATA_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    loop: int
     data_epoch: int
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., samples: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[Hyperparameters, _Mapping]]] = ..., leases: _Optional[_Iterable[int]] = ..., phases: _Optional[_Union[Phases, _Mapping]] = ..., schedules: _Optional[_Iterable[int]] = ..., data_epoch: _Optional[int] = ...) -> None: ...
+    count: int
+    def __init__(self, loop: _Optional[int] = ..., data_epoch: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class Phases(_message.Message):
     __slots__ = ("data_seconds", "compute_seconds")
@@ -249,16 +259,18 @@ class LeaseRequest(_message.Message):
     def __init__(self, returned: _Optional[_Iterable[int]] = ..., declined: _Optional[bool] = ..., loader: _Optional[int] = ..., **kwargs) -> None: ...
 
 class Pass(_message.Message):
-    __slots__ = ("num_samples", "batch_size", "global_batch_size", "drop_last")
+    __slots__ = ("num_samples", "batch_size", "global_batch_size", "drop_last", "point")
     NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     DROP_LAST_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
     num_samples: int
     batch_size: int
     global_batch_size: int
     drop_last: bool
-    def __init__(self, num_samples: _Optional[int] = ..., batch_size: _Optional[int] = ..., global_batch_size: _Optional[int] = ..., drop_last: _Optional[bool] = ...) -> None: ...
+    point: Point
+    def __init__(self, num_samples: _Optional[int] = ..., batch_size: _Optional[int] = ..., global_batch_size: _Optional[int] = ..., drop_last: _Optional[bool] = ..., point: _Optional[_Union[Point, _Mapping]] = ...) -> None: ...
 
 class Lease(_message.Message):
     __slots__ = ("id", "start", "length")
@@ -271,32 +283,34 @@ class Lease(_message.Message):
     def __init__(self, id: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class Leases(_message.Message):
-    __slots__ = ("leases", "loader")
+    __slots__ = ("leases", "loader", "over")
     PASS_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     LOADER_FIELD_NUMBER: _ClassVar[int]
+    OVER_FIELD_NUMBER: _ClassVar[int]
     leases: _containers.RepeatedCompositeFieldContainer[Lease]
     loader: int
-    def __init__(self, leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., loader: _Optional[int] = ..., **kwargs) -> None: ...
+    over: bool
+    def __init__(self, leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., loader: _Optional[int] = ..., over: _Optional[bool] = ..., **kwargs) -> None: ...
 
 class Meet(_message.Message):
-    __slots__ = ("purpose", "step", "values", "weight", "takes_leases", "data_epoch")
+    __slots__ = ("purpose", "step", "values", "weight", "takes_leases", "point")
     PURPOSE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     TAKES_LEASES_FIELD_NUMBER: _ClassVar[int]
-    DATA_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
     purpose: Purpose
     step: int
     values: _containers.RepeatedScalarFieldContainer[float]
     weight: float
     takes_leases: bool
-    data_epoch: int
-    def __init__(self, purpose: _Optional[_Union[Purpose, str]] = ..., step: _Optional[int] = ..., values: _Optional[_Iterable[float]] = ..., weight: _Optional[float] = ..., takes_leases: _Optional[bool] = ..., data_epoch: _Optional[int] = ...) -> None: ...
+    point: Point
+    def __init__(self, purpose: _Optional[_Union[Purpose, str]] = ..., step: _Optional[int] = ..., values: _Optional[_Iterable[float]] = ..., weight: _Optional[float] = ..., takes_leases: _Optional[bool] = ..., point: _Optional[_Union[Point, _Mapping]] = ...) -> None: ...
 
 class Met(_message.Message):
-    __slots__ = ("step", "epoch", "means", "chosen", "refreshed", "leases", "position")
+    __slots__ = ("step", "epoch", "means", "chosen", "refreshed", "leases", "position", "past")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MEANS_FIELD_NUMBER: _ClassVar[int]
@@ -304,6 +318,7 @@ class Met(_message.Message):
     REFRESHED_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    PAST_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     means: _containers.RepeatedScalarFieldContainer[float]
@@ -311,19 +326,20 @@ class Met(_message.Message):
     refreshed: bool
     leases: Leases
     position: Position
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., means: _Optional[_Iterable[float]] = ..., chosen: _Optional[bool] = ..., refreshed: _Optional[bool] = ..., leases: _Optional[_Union[Leases, _Mapping]] = ..., position: _Optional[_Union[Position, _Mapping]] = ...) -> None: ...
+    past: bool
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., means: _Optional[_Iterable[float]] = ..., chosen: _Optional[bool] = ..., refreshed: _Optional[bool] = ..., leases: _Optional[_Union[Leases, _Mapping]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., past: _Optional[bool] = ...) -> None: ...
 
 class Position(_message.Message):
-    __slots__ = ("data_epoch", "schedules", "schedules_step", "schedules_epoch")
-    DATA_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("point", "schedules", "schedules_step", "schedules_point")
+    POINT_FIELD_NUMBER: _ClassVar[int]
     SCHEDULES_FIELD_NUMBER: _ClassVar[int]
     SCHEDULES_STEP_FIELD_NUMBER: _ClassVar[int]
-    SCHEDULES_EPOCH_FIELD_NUMBER: _ClassVar[int]
-    data_epoch: int
+    SCHEDULES_POINT_FIELD_NUMBER: _ClassVar[int]
+    point: Point
     schedules: _containers.RepeatedScalarFieldContainer[int]
     schedules_step: int
-    schedules_epoch: int
-    def __init__(self, data_epoch: _Optional[int] = ..., schedules: _Optional[_Iterable[int]] = ..., schedules_step: _Optional[int] = ..., schedules_epoch: _Optional[int] = ...) -> None: ...
+    schedules_point: Point
+    def __init__(self, point: _Optional[_Union[Point, _Mapping]] = ..., schedules: _Optional[_Iterable[int]] = ..., schedules_step: _Optional[int] = ..., schedules_point: _Optional[_Union[Point, _Mapping]] = ...) -> None: ...
 
 class ExchangeRequest(_message.Message):
     __slots__ = ("hello", "begin", "part", "idle", "meet", "lease", "heartbeat", "fetch", "number")

@@ -16,6 +16,7 @@ from ps_core.errors import ProtocolError
 from ps_core.exchange import Arrival, Grant, Position, Purpose, Work
 from ps_core.leases import Lease, PassSpec
 from ps_core.optim_spec import Hyperparameters
+from ps_core.point import Point
 from ps_core.v1 import shard_pb2
 
 numbers = st.one_of(st.integers(0, 3), st.integers(0, 2**32 - 1))
@@ -33,6 +34,7 @@ def over_the_wire(message: Any) -> Any:  # noqa: ANN401 - the type that goes in 
 
 # -- Steps -----------------------------------------------------------------------------------------
 
+points = st.builds(Point, numbers, numbers, numbers)
 works = st.builds(
     Work,
     samples=samples,
@@ -40,7 +42,7 @@ works = st.builds(
     data_seconds=seconds,
     compute_seconds=seconds,
     schedules=st.lists(numbers, max_size=5).map(tuple),
-    data_epoch=numbers,
+    point=points,
 )
 
 
@@ -91,7 +93,7 @@ arrivals = st.builds(
     st.lists(reals, max_size=4).map(tuple),
     st.floats(0, allow_infinity=False),
     st.booleans(),
-    numbers,
+    points,
 )
 
 
@@ -137,7 +139,7 @@ def test_a_meeting_at_a_step_beyond_all_training_is_refused() -> None:
         dialogue.decode_meet(message)
 
 
-@given(st.builds(Position, numbers, st.lists(numbers, max_size=5).map(tuple), large, numbers))
+@given(st.builds(Position, points, st.lists(numbers, max_size=5).map(tuple), large, points))
 def test_a_position_comes_back_as_it_was_sent(position: Position) -> None:
     message = over_the_wire(dialogue.encode_position(position))
     assert dialogue.decode_position(message) == position
@@ -146,7 +148,10 @@ def test_a_position_comes_back_as_it_was_sent(position: Position) -> None:
 # -- Samples ---------------------------------------------------------------------------------------
 
 
-@given(numbers, st.builds(PassSpec, samples, st.integers(1, 2**64 - 1), large, st.booleans()))
+specs = st.builds(PassSpec, samples, st.integers(1, 2**64 - 1), large, st.booleans(), points)
+
+
+@given(numbers, specs)
 def test_a_request_for_samples_comes_back_as_it_was_sent(loader: int, spec: PassSpec) -> None:
     message = over_the_wire(dialogue.encode_lease_request(loader, spec))
     assert message.loader == loader

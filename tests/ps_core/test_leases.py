@@ -1,5 +1,6 @@
 import gc
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import islice
 from types import FunctionType, ModuleType
 
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ps_core.errors import ProtocolError, UsageError
-from ps_core.leases import Lease, LeaseBook, PassEnd, PassOpened, PassSpec, Totals
+from ps_core.leases import Answer, Lease, LeaseBook, PassEnd, PassOpened, PassSpec, Totals
+from ps_core.point import Point
 
 SPEC = PassSpec(num_samples=100, batch_size=10)
 WORKERS = [0, 1]
@@ -38,7 +40,7 @@ def book(request: pytest.FixtureRequest) -> LeaseBook:
     return LeaseBook(striped=request.param)
 
 
-# -- Passes open and end. Rules 1, 2 and 7 ---------------------------------------------------------
+# -- Passes open and end. Rules 1, 2, 7 and 9 -----------------------------------------------------
 
 
 def test_the_first_request_opens_the_pass_and_says_so_once(book: LeaseBook) -> None:
@@ -53,6 +55,23 @@ def test_passes_are_numbered_for_each_loader(book: LeaseBook) -> None:
     book.end_passes()
     assert book.request(0, SPEC, 0, WORKERS).number == 1
     assert book.request(1, SPEC, 0, WORKERS).number == 0
+
+
+def test_who_comes_to_a_pass_that_has_ended_is_told_so_and_opens_none(book: LeaseBook) -> None:
+    def ask(loader: int, *point: int) -> Answer:
+        return book.request(loader, replace(SPEC, point=Point(*point)), 0, WORKERS)
+
+    assert ask(0, 1, 3, 1).number == 0
+    book.end_passes()
+    over = Answer(0, None, None, is_over=True)
+    for point in ((0, 0, 1), (1, 2, 1), (1, 2, 9), (1, 3, 1)):
+        assert ask(0, *point) == over
+    assert not ask(1, 1, 3, 1).is_over, "another loader's"
+    assert not book.is_available(0)
+    for number, point in enumerate(((1, 3, 2), (1, 4, 1), (2, 0, 1)), start=1):
+        answer = ask(0, *point)
+        assert (answer.number, answer.is_over) == (number, False)
+        book.end_passes()
 
 
 def test_leases_are_numbered_through_the_job(book: LeaseBook) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ps_core.buckets import Bucket, make_buckets
 from ps_core.errors import NonFiniteError, UsageError
-from ps_core.exchange import Outcome, ReadExtras, Start, Work
+from ps_core.exchange import Meeting, Outcome, Purpose, ReadExtras, Start, Work
 from ps_core.local import LocalExchange
 from ps_core.local_steps import LocalStepsOptimizer, outer_spec
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec, build
 from ps_core.plan import ParameterSpec, Plan, make_plan
+from ps_core.point import Point
 from ps_core.settings import ConsistencyConfig
 from tests.reference import (
     MIXED,
@@ -105,6 +106,9 @@ class Averaged(Recorded):
         return replace(super().settle(step), applied=self._weight > 0)
 
 
+BODIES = Point(1, 0), Point(1, 1)
+"""Of session.epochs."""
+
 # -- Workers ---------------------------------------------------------------------------------------
 
 
@@ -130,6 +134,10 @@ class Observed:
         assert exchange_seconds >= 0
         self.outcomes.append(outcome)
         self.samples.append(samples)
+
+    def meet(self, purpose: Purpose) -> Meeting:
+        """Alone: nobody else is to come."""
+        return Meeting(0, (), chosen=True)
 
 
 @dataclass(frozen=True)
@@ -415,9 +423,23 @@ def test_every_step_is_told_once_and_those_without_an_exchange_leave_the_version
 def test_an_exchange_carries_the_work_of_all_its_inner_steps() -> None:
     worker = enter(initial_net(), adamw, local_steps=3)
     worker.observer.works = [
-        Work(4, leases=(7, 8), data_seconds=1.0, compute_seconds=2.0, schedules=(1,), data_epoch=0),
-        Work(4, leases=(9,), data_seconds=0.5, compute_seconds=0.25, schedules=(2,), data_epoch=0),
-        Work(3, leases=(11,), compute_seconds=0.75, schedules=(3,), data_epoch=1),
+        Work(
+            4,
+            leases=(7, 8),
+            data_seconds=1.0,
+            compute_seconds=2.0,
+            schedules=(1,),
+            point=BODIES[0],
+        ),
+        Work(
+            4,
+            leases=(9,),
+            data_seconds=0.5,
+            compute_seconds=0.25,
+            schedules=(2,),
+            point=BODIES[0],
+        ),
+        Work(3, leases=(11,), compute_seconds=0.75, schedules=(3,), point=BODIES[1]),
         Work(2, leases=(12,)),
     ]
     for n in range(4):
@@ -425,7 +447,7 @@ def test_an_exchange_carries_the_work_of_all_its_inner_steps() -> None:
         loss_of(worker.model, samples(4, n)).backward()
         worker.optimizer.step()
     worker.optimizer.flush()
-    first = Work(11, (7, 8, 9, 11), 1.5, 3.0, schedules=(3,), data_epoch=1)
+    first = Work(11, (7, 8, 9, 11), 1.5, 3.0, schedules=(3,), point=BODIES[1])
     assert worker.exchange.works == [first, Work(2, leases=(12,))]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ps_core.buckets import make_buckets
 from ps_core.errors import NonFiniteError
-from ps_core.exchange import Outcome, Work
+from ps_core.exchange import Meeting, Outcome, Purpose, Work
 from ps_core.local import LocalExchange
 from ps_core.optim_spec import describe
 from ps_core.optimizer import ExchangeOptimizer
@@ -20,6 +20,8 @@ from ps_core.plan import ParameterSpec, make_plan
 class Observed:
     def __init__(self) -> None:
         self.steps: list[tuple[Outcome, int]] = []
+        self.met: list[Purpose] = []
+        self.is_past = False
 
     def before_step(self) -> None:
         pass
@@ -33,9 +35,16 @@ class Observed:
     def after_step(self, outcome: Outcome, samples: int, exchange_seconds: float) -> None:
         self.steps.append((outcome, samples))
 
+    def meet(self, purpose: Purpose) -> Meeting:
+        """Alone: nobody else is to come."""
+        self.met.append(purpose)
+        return Meeting(0, (), chosen=True, is_past=self.is_past)
 
-def enter(model: nn.Linear, *, skip: bool = False) -> tuple[ExchangeOptimizer, Observed]:
-    inner = torch.optim.SGD(model.parameters(), lr=0.5)
+
+def enter(
+    model: nn.Linear, *, skip: bool = False, momentum: float = 0.0
+) -> tuple[ExchangeOptimizer, Observed]:
+    inner = torch.optim.SGD(model.parameters(), lr=0.5, momentum=momentum)
     specs = [
         ParameterSpec(name, p.dtype, tuple(p.shape), 0) for name, p in model.named_parameters()
     ]
@@ -93,3 +102,15 @@ def test_a_gradient_that_is_not_finite_skips_the_step_if_asked() -> None:
     assert torch.equal(model.weight, before)
     assert observer.steps == [(Outcome(1, 1, False, 0), 0)]
     assert optimizer.num_skipped == 1
+
+
+@pytest.mark.parametrize("is_past", [False, True])
+def test_state_is_loaded_unless_the_job_has_gone_on_from_there(*, is_past: bool) -> None:
+    optimizer, observer = enter(nn.Linear(2, 1), momentum=0.9)
+    observer.is_past = is_past
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"momentum_buffer": torch.tensor([[3.0, 4.0]])}}
+    optimizer.load_state_dict(saved)
+    assert observer.met == [Purpose.LOAD] * 2
+    buffers = [each["momentum_buffer"] for each in optimizer.state_dict()["state"].values()]
+    assert [each.tolist() for each in buffers] == ([] if is_past else [[[3.0, 4.0]]])

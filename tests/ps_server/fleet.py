@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -21,6 +21,7 @@ from ps_core.job import Job
 from ps_core.leases import Lease, PassSpec
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import ParameterSpec
+from ps_core.point import BEGINNING, Point
 from ps_core.settings import ConsistencyConfig
 from ps_server import effects, orders
 from ps_server.lead import Lead
@@ -233,7 +234,8 @@ class Process:
         self.used: list[Lease] = []
         self.skipped: list[Lease] = []
         self.is_meeting = self.is_interrupted = False
-        self.data_epoch = 0
+        self.point = BEGINNING
+        self.num_meetings = 0
         self.num_steps = 0
         self.script = self._run()
         self.blocked: Blocked = lambda: True
@@ -322,8 +324,9 @@ class Process:
     def wait_for_all(self, purpose: Purpose, *, takes_leases: bool = False) -> Script:
         self.marks, self.expected = {}, dict.fromkeys(range(NUM_PARTS), self.next_step)
         values = (1.0,) if purpose is Purpose.MEAN else ()
-        step = self.next_step
-        self.ask(Arrival(purpose, step, values, 1.0, takes_leases, self.data_epoch))
+        self.num_meetings += purpose is Purpose.MEAN
+        point = replace(self.point, count=self.num_meetings)
+        self.ask(Arrival(purpose, self.next_step, values, 1.0, takes_leases, point))
         self.is_meeting = True
         yield lambda: self.met is not None or self.is_preempted
         self.is_meeting = False
@@ -376,18 +379,22 @@ class Process:
         self.fleet.join(self)
         yield from self.meet(Purpose.START)
         assert self.met is not None or self.has_left
-        first = self.met.position.data_epoch if self.met and self.met.position else 0
-        for epoch in range(first, self.habits.num_epochs):
-            self.data_epoch = epoch
+        there = self.met.position.point if self.met and self.met.position else BEGINNING
+        yield from self._average()
+        for epoch in range(there.data_epoch, self.habits.num_epochs):
+            self.point, self.num_meetings = Point(1, epoch), 0
             yield from self._pass()
             if self.is_interrupted:
                 yield from self.meet(Purpose.EPOCH)
                 self.is_interrupted = False
-            yield from self.meet(Purpose.MEAN)
-            assert self.met is not None
-            assert self.met.means == (1.0,)
+            yield from self._average()
         yield from self.meet(Purpose.CLOSE)
         yield from self.leave(preempted=False)
+
+    def _average(self) -> Script:
+        yield from self.meet(Purpose.MEAN)
+        assert self.met is not None
+        assert self.met.means == (1.0,)
 
     def _pass(self) -> Script:
         grant: Grant | None = None
@@ -398,12 +405,14 @@ class Process:
             while self.num_open:
                 yield from self._receive()
             self.kept.clear()
-            self.is_dry = False
+            self.is_dry = self.is_over = False
             if grant is not None:
                 self.kept.append(grant)
             batches = self._batches(stops_after)
             yield from batches
             if self.is_interrupted:
+                return
+            if self.is_over:
                 return
             self._return_skipped()
             yield from self.meet(Purpose.EPOCH, takes_leases=True)
@@ -443,6 +452,7 @@ class Process:
             grant = self.kept.popleft()
             self.lease = grant.leases[0] if grant.leases else None
             self.is_dry |= not grant.leases
+            self.is_over |= grant.is_over
 
     def _use(self, lease: Lease) -> Script:
         if self.chance.random() < self.habits.skip:
@@ -456,7 +466,9 @@ class Process:
     @property
     def spec(self) -> PassSpec:
         habits = self.habits
-        return PassSpec(habits.num_samples, habits.batch_size, habits.global_batch_size)
+        point = replace(self.point, count=1)
+        size, total = habits.batch_size, habits.global_batch_size
+        return PassSpec(habits.num_samples, size, total, point=point)
 
     @property
     def ahead(self) -> int:
@@ -685,7 +697,7 @@ class Fleet:
                 self._obey(peer, message)
 
     def _position(self, process: Process, begin: Begin) -> Position:
-        return Position(process.data_epoch, (), begin.step, process.data_epoch)
+        return Position(process.point, (), begin.step, process.point)
 
     def _obey(self, peer: Peer, message: Ask | Return) -> None:
         if message.number <= peer.last_number:

@@ -30,6 +30,7 @@ from ps_core.job import Job
 from ps_core.leases import Lease, PassEnd, PassOpened, PassSpec
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import ParameterSpec
+from ps_core.point import Point
 from ps_core.settings import ConsistencyConfig
 from ps_server import effects, ledger, orders
 from ps_server.lead import Lead
@@ -360,13 +361,16 @@ class LeadPlayer:
     def _begin(self, worker: int, given: Arguments) -> list[orders.Effect]:
         step, leases = given.number("step"), given.numbers("leases")
         begin = Begin(step, self.lead.epoch, given.number("samples", 1), (), leases)
-        data_epoch = given.number("data_epoch", 0)
-        position = Position(data_epoch, given.numbers("schedules"), step, data_epoch)
+        point = _read_point(given)
+        position = Position(point, given.numbers("schedules"), step, point)
         return self.lead.begin(worker, begin, position)
 
     def _request(self, given: Arguments) -> Grant:
         spec = PassSpec(
-            given.number("samples"), given.number("batch", 1), given.number("global_batch", 0)
+            given.number("samples"),
+            given.number("batch", 1),
+            given.number("global_batch", 0),
+            point=_read_point(given),
         )
         return self.lead.request(given.number("worker"), given.number("loader", 0), spec, {})
 
@@ -383,8 +387,12 @@ def _read_arrival(given: Arguments) -> Arrival:
         given.reals("values"),
         given.real("weight", 1.0),
         "takes_leases" in given.words,
-        given.number("data_epoch", 0),
+        _read_point(given),
     )
+
+
+def _read_point(given: Arguments) -> Point:
+    return Point(given.number("loop", 0), given.number("data_epoch", 0), given.number("count", 0))
 
 
 def _read_remains(given: Arguments) -> effects.Remains:
@@ -423,17 +431,18 @@ def _show_met(met: orders.Met) -> str:
     words = [f"met worker={met.worker} step={met.step} epoch={met.epoch}"]
     words[0] += listed("means", (f"{value:g}" for value in met.means))
     words += ["chosen"] * met.chosen + ["refreshed"] * met.refreshed
+    words += ["past"] * met.is_past
     if met.grant is not None:
         words.append(_show_grant(met.grant))
     if met.position is not None:
-        words.append(f"data_epoch={met.position.data_epoch}")
+        words.append(f"data_epoch={met.position.point.data_epoch}")
         words[-1] += listed("schedules", met.position.schedules)
     return " ".join(words)
 
 
 def _show_grant(grant: Grant) -> str:
     leases = " ".join(f"lease {lease.id}: {_positions(lease)}" for lease in grant.leases)
-    return leases or "no lease"
+    return leases or ("the pass is over" if grant.is_over else "no lease")
 
 
 def _positions(lease: Lease) -> str:

@@ -246,6 +246,9 @@ def check_samples(fleet: Fleet) -> None:
     opened = {e.number: e for e in fleet.entries if isinstance(e, PassOpened)}
     ended = {e.number: e for e in fleet.entries if isinstance(e, PassEnd)}
     assert sorted(opened) == list(range(len(opened)))
+    # A pass that all break off before they read is never opened.
+    assert len(opened) == fleet.habits.num_epochs or fleet.has_declined
+    assert len(opened) <= fleet.habits.num_epochs
     assert opened.keys() == ended.keys()
     ends: dict[int, list[int]] = {number: [] for number in opened}
     for entry in fleet.contributions:

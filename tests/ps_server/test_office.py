@@ -15,6 +15,7 @@ from ps_core.errors import DataLossError, MismatchError, ProtocolError, UsageErr
 from ps_core.exchange import Arrival, Position, Purpose
 from ps_core.leases import PassSpec
 from ps_core.metrics import REGISTRY
+from ps_core.point import Point
 from ps_core.settings import JobConfig
 from ps_core.v1 import lead_pb2, shard_pb2
 from ps_core.v1.lead_pb2 import ControlRequest, ControlResponse
@@ -206,7 +207,7 @@ def test_an_evicted_worker_is_evicted_once(desk: Desk) -> None:
 def test_a_worker_that_joins_a_running_job_is_told_where_it_stands(desk: Desk) -> None:
     desk.start()
     for worker in range(2):
-        desk.begin(worker, 0, schedules=[3, 4], data_epoch=2)
+        desk.begin(worker, 0, schedules=[3, 4], point={"loop": 1, "data_epoch": 2})
         desk.office.arrived(worker, 0, version=1)
     desk.join(2)
     desk.office.meet(2, Arrival(Purpose.START, 0))
@@ -215,7 +216,7 @@ def test_a_worker_that_joins_a_running_job_is_told_where_it_stands(desk: Desk) -
     met = desk.answers[-1]
     assert isinstance(met, Met)
     assert (met.worker, met.step, met.chosen, met.refreshed) == (2, 1, False, True)
-    assert met.position == Position(2, (3, 4), 0, 2)
+    assert met.position == Position(Point(1, 2), (3, 4), 0, Point(1, 2))
     membership = desk.orders[-1]
     assert isinstance(membership, Membership)
     assert membership.members[2].enters

@@ -11,6 +11,7 @@ from ps_core import dialogue
 from ps_core.errors import ProtocolError, UsageError
 from ps_core.exchange import Arrival, Grant, Position, Purpose
 from ps_core.leases import Lease, PassSpec
+from ps_core.point import Point
 from ps_core.v1 import shard_pb2
 from ps_core.v1.shard_pb2 import ExchangeRequest, ExchangeResponse
 from ps_server import requests
@@ -147,7 +148,7 @@ def test_a_worker_is_told_what_it_needs_to_go_on() -> None:
         chosen=True,
         refreshed=True,
         grant=Grant(5, (lease,)),
-        position=Position(3, (9, 2), 8, 3),
+        position=Position(Point(1, 3), (9, 2), 8, Point(1, 3)),
     )
     answer = requests.encode_told(met)
     assert answer.number == 0  # the roster counts

@@ -10,6 +10,7 @@ import pytest
 from ps_core.errors import JobFailedError
 from ps_core.exchange import Arrival, Grant, Meeting, Purpose
 from ps_core.leases import Lease
+from ps_core.point import Point
 from shardline.attendance import Attendance
 
 GRANT = Grant(0, (Lease(id=7, loader=0, number=0, start=4, length=2),))
@@ -156,7 +157,7 @@ def test_a_worker_without_data_meets_the_others_all_the_same(
         attendance.begin_loop_body(epoch)
         attendance.end_loop_body()
     assert notes.heard == [*EPOCH, *EPOCH]
-    assert [arrival.data_epoch for arrival in notes.arrivals] == [0, 1]
+    assert [arrival.point.data_epoch for arrival in notes.arrivals] == [0, 1]
 
 
 def test_averaging_within_a_pass_does_not_end_the_epoch(
@@ -165,7 +166,8 @@ def test_averaging_within_a_pass_does_not_end_the_epoch(
     attendance.step_taken()
     assert attendance.meet(Purpose.MEAN, [1.5], 2.0).means == (1.5,)
     assert notes.heard == ["flush", "meet mean 3"]
-    assert notes.arrivals == [Arrival(Purpose.MEAN, 3, (1.5,), 2.0)]
+    point = Point(count=1)
+    assert notes.arrivals == [Arrival(Purpose.MEAN, 3, (1.5,), 2.0, point=point)]
     assert attendance.num_ends == 0
 
 
@@ -192,3 +194,37 @@ def test_nothing_happens_before_a_job_is_joined_or_after_it_is_left(notes: Notes
     attendance.break_off()
     attendance.end_epoch()
     assert notes.heard == []
+
+
+# -- Which call of the script it is ----------------------------------------------------------------
+
+
+def test_passes_and_meetings_are_counted_in_each_body_of_the_loop(
+    attendance: Attendance, notes: Notes
+) -> None:
+    assert attendance.begin_pass(0) == Point(0, 0, 1)
+    for loop in (1, 2):
+        assert attendance.begin_loop() == loop
+        for epoch in range(2):
+            attendance.begin_loop_body(epoch)
+            assert attendance.begin_pass(0) == Point(loop, epoch, 1)
+            assert attendance.begin_pass(1) == Point(loop, epoch, 1)
+            assert attendance.begin_pass(0) == Point(loop, epoch, 2)
+            attendance.meet(Purpose.MEAN)
+            attendance.end_epoch()
+            attendance.meet(Purpose.LOAD)
+    counted = [a.point.count for a in notes.arrivals if a.purpose is not Purpose.EPOCH]
+    assert counted == [1, 2] * 4
+
+
+def test_nobody_is_met_at_the_end_of_a_pass_that_is_over(
+    attendance: Attendance, notes: Notes
+) -> None:
+    attendance.begin_loop_body(0)
+    attendance.begin_pass(0)
+    attendance.pass_over()
+    attendance.end_loop_body()
+    assert notes.heard == []
+    attendance.begin_loop_body(1)
+    attendance.end_loop_body()
+    assert notes.heard == EPOCH

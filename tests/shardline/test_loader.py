@@ -66,7 +66,7 @@ class Lead:
         if lease is not None:
             positions = range(lease.start, lease.start + lease.length)
             self.positions[lease.id] = loader, lease.number, positions
-        return Grant(answer.number, () if lease is None else (lease,))
+        return Grant(answer.number, () if lease is None else (lease,), answer.is_over)
 
     def look_around(self) -> None:
         """Serve who waits; end the meeting if all have come."""
@@ -771,6 +771,20 @@ def test_alone_the_exchange_itself_keeps_the_book() -> None:
         met = exchange.meet(Arrival(Purpose.EPOCH, 0, takes_leases=True))
         assert met.grant == Grant(number, (Lease(leases[2].id + 1, 0, number, 2, 2),))
         assert exchange.meet(Arrival(Purpose.EPOCH, 0, takes_leases=True)).grant is None
+
+
+def test_a_pass_that_the_others_have_ended_is_passed_over() -> None:
+    lead = Lead(1)
+    first, later = Worker(lead), Worker(lead)
+    assert first.train(first.loader(4)) == [[0, 1], [2, 3]]
+    loader = later.loader(4, num_workers=0)
+    later.next_step = first.next_step
+    assert later.train(loader) == []
+    assert lead.meetings == [Purpose.EPOCH]
+    assert later.train(loader) == [[0, 1], [2, 3]]
+    assert lead.meetings == [Purpose.EPOCH] * 2
+    assert lead.trained(number=1) == [0, 1, 2, 3]
+    assert lead.totals().abandoned == 0
 
 
 class Stream(IterableDataset[int]):

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ps_core.errors import UsageError
 from ps_core.exchange import Position, Start
+from ps_core.point import Point
 from shardline.schedules import Schedules
 
 Make = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -84,6 +85,11 @@ def late(make: Make, position: Position, step: int) -> tuple[torch.optim.Optimiz
 # -- Catching up -----------------------------------------------------------------------------------
 
 
+def at(epoch: int) -> Point:
+    """The body for an epoch of the first session.epochs."""
+    return Point(1, epoch)
+
+
 @all_kinds
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 7, 12])
 def test_a_scheduler_stepped_per_update_is_brought_to_the_first_step(
@@ -94,7 +100,7 @@ def test_a_scheduler_stepped_per_update_is_brought_to_the_first_step(
     step(present, scheduler, count)
     # The others' counts may be older than the step with which this worker begins.
     told = max(count - 2, 0)
-    position = Position(0, schedules=(told,), schedules_step=told)
+    position = Position(at(0), schedules=(told,), schedules_step=told)
     joined, brought = late(make, position, step=count)
     assert settings(joined) == settings(present)
     assert brought.get_last_lr() == scheduler.get_last_lr()
@@ -110,7 +116,12 @@ def test_a_scheduler_stepped_per_data_epoch_is_brought_to_the_epoch(make: Make, 
     present = new_optimizer()
     scheduler = make(present)
     step(present, scheduler, epoch)
-    position = Position(epoch, schedules=(epoch - 1,), schedules_step=70, schedules_epoch=epoch - 1)
+    position = Position(
+        at(epoch),
+        schedules=(epoch - 1,),
+        schedules_step=70,
+        schedules_point=at(epoch - 1),
+    )
     joined, brought = late(make, position, step=83)
     assert settings(joined) == settings(present)
     step(present, scheduler, 6)
@@ -118,9 +129,15 @@ def test_a_scheduler_stepped_per_data_epoch_is_brought_to_the_epoch(make: Make, 
     assert settings(joined) == settings(present)
 
 
+def test_epochs_are_counted_on_from_one_loop_to_the_next() -> None:
+    position = Position(Point(2, 1), (8,), schedules_step=100, schedules_point=at(8))
+    _, scheduler = late(MAKERS["StepLR"], position, step=110)
+    assert scheduler.last_epoch == 10
+
+
 def test_a_scheduler_that_began_elsewhere_keeps_its_distance() -> None:
     # Stepped twice per epoch, or not in every one: nobody knows, so the last count is the best.
-    position = Position(9, schedules=(16,), schedules_step=100, schedules_epoch=8)
+    position = Position(at(9), schedules=(16,), schedules_step=100, schedules_point=at(8))
     _, scheduler = late(MAKERS["StepLR"], position, step=110)
     assert scheduler.last_epoch == 17
 
@@ -135,14 +152,14 @@ def test_a_scheduler_that_began_elsewhere_keeps_its_distance() -> None:
     ],
 )
 def test_a_scheduler_of_updates_goes_on_in_proportion(count: int, brought: int) -> None:
-    position = Position(3, schedules=(count,), schedules_step=60, schedules_epoch=2)
+    position = Position(at(3), schedules=(count,), schedules_step=60, schedules_point=at(2))
     _, scheduler = late(MAKERS["LambdaLR"], position, step=66)
     assert scheduler.last_epoch == brought
 
 
 def test_each_scheduler_is_brought_to_its_own_place() -> None:
     schedules, optimizers = Schedules(), [new_optimizer() for _ in range(3)]
-    position = Position(4, schedules=(60, 3), schedules_step=60, schedules_epoch=3)
+    position = Position(at(4), schedules=(60, 3), schedules_step=60, schedules_point=at(3))
     start = Start(63, chosen=False, position=position)
     for optimizer in optimizers:
         schedules.build(MAKERS["LambdaLR"], optimizer, start)
@@ -169,7 +186,7 @@ def test_a_scheduler_that_the_script_has_restored_is_only_brought_forward() -> N
             group["initial_lr"] = group["lr"]
         return lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n), last_epoch=6)
 
-    position = Position(0, schedules=(9,), schedules_step=9)
+    position = Position(at(0), schedules=(9,), schedules_step=9)
     for first_step, count in ((9, 9), (5, 7)):
         _, scheduler = late(restored, position, step=first_step)
         assert scheduler.last_epoch == count
@@ -181,7 +198,7 @@ def test_other_warnings_are_shown() -> None:
             warnings.warn("from the script", UserWarning, stacklevel=1)
         return 1.0
 
-    position = Position(0, schedules=(3,), schedules_step=3)
+    position = Position(at(0), schedules=(3,), schedules_step=3)
     with pytest.warns(UserWarning, match="from the script"):
         late(lambda optimizer: lr_scheduler.LambdaLR(optimizer, warns), position, step=3)
 
@@ -220,7 +237,7 @@ def test_a_scheduler_keeps_its_own_state_dict_and_counts_follow_it(make: Make) -
 # -- What cannot be brought along ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("position", [None, Position(2, schedules=(2,), schedules_step=20)])
+@pytest.mark.parametrize("position", [None, Position(at(2), schedules=(2,), schedules_step=20)])
 def test_a_scheduler_that_depends_on_losses_is_refused_on_every_worker(
     position: Position | None,
 ) -> None:

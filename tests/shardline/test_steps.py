@@ -13,6 +13,7 @@ from ps_core.errors import Preempted
 from ps_core.exchange import Grant, Outcome, Traffic
 from ps_core.leases import Lease, PassSpec
 from ps_core.metrics import REGISTRY, WorkerMetrics
+from ps_core.point import Point
 from shardline.attendance import Attendance
 from shardline.journal import Journal
 from shardline.preemption import Preemption
@@ -210,7 +211,7 @@ def test_a_step_tells_where_the_job_stands(given: Given) -> None:
     given.attendance.begin_loop_body(6)
     given.batch(8)
     work = given.steps.take_work()
-    assert (work.schedules, work.data_epoch) == ((4, 2), 6)
+    assert (work.schedules, work.point) == ((4, 2), Point(0, 6))
 
 
 @pytest.fixture
