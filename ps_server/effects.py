@@ -13,7 +13,7 @@ class Release:
     version: int
     workers: tuple[int, ...]
     clock: int = 0
-    """Where every push is an update of its own: steps of the worker that are in the parameters."""
+    """Steps of the worker that this answers; 0 in lockstep where it is `version`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,15 @@ Call = Callable[[], list[Effect]]
 
 
 class Held:
-    """Keeps a worker's begin and what follows it.
+    """Keeps a worker's begin and what follows it: not more than its step can have.
 
     A worker begins again only after its stream broke, and then says everything again: what was kept
     of it before is dropped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_parts: int) -> None:
+        """`num_parts`: that may follow a begin."""
+        self._num_parts = num_parts
         self._calls: dict[int, list[Call]] = {}
         self._incarnations: dict[int, int] = {}
 
@@ -26,9 +28,11 @@ class Held:
         self._calls[worker], self._incarnations[worker] = [call], incarnation
 
     def follows(self, worker: int, call: Call) -> bool:
-        """Keep what follows a begin that is kept; False: none is."""
+        """Keep what follows a begin that is kept; False: none is. Raises ProtocolError."""
         if worker not in self._calls:
             return False
+        if len(self._calls[worker]) > self._num_parts:
+            raise ProtocolError(f"worker {worker} pushes more than {self._num_parts} parts")
         self._calls[worker].append(call)
         return True
 

@@ -168,9 +168,10 @@ class Node:
     def _begin(self, rank: int, message: shard_pb2.Begin) -> None:
         work, groups = dialogue.decode_work(message), codec.decode_groups(message.groups)
         begin = Begin(message.step, message.epoch, work.samples, groups, work.leases)
+        todo = self._joined_shard().begin(rank, begin)  # the lead hears only of what is right
         if self.office is not None:
             self.office.begin(rank, begin, message)
-        self._perform(self._joined_shard().begin(rank, begin))
+        self._perform(todo)
 
     def _receive_numbered(self, rank: int, request: shard_pb2.ExchangeRequest) -> None:
         """A request to the lead. A repeat, after a stream broke, is answered again if it has been

@@ -13,7 +13,8 @@ The rules, each with a scenario in tests/ps_server/scenarios:
     on.
 6.  The parameters go to every worker that acted, as soon as the part is updated.
 7.  A duplicate of an applied push changes nothing. It is answered with the parameters if what was
-    sent before was lost with a stream.
+    sent before was lost with a stream, and with the step after the one that it belongs to: a worker
+    that has gone on must not take this for the answer to a later step.
 8.  The hyperparameters of an update are those of the lowest rank that contributed.
 9.  With max_grad_norm all parts of a step wait for the lead's factor.
 10. A step from which everybody abstained advances the version and changes no parameter. So does
@@ -74,7 +75,7 @@ class Shard:
         self._progress: dict[int, int] = {}
         """Parts of a worker's open step that have come."""
         self._clocks: dict[int, int] = {}
-        self._held = Held()
+        self._held = Held(len(parts))
         self._gate = Gate(self.policy)
         self._copies = job.consistency.delay_compensation > 0
         self._sealed = -1
@@ -223,7 +224,7 @@ class Shard:
     def fetch(self, worker: int, parts: Collection[int]) -> list[Effect]:
         """Send a member parts that were lost; who is none gets them when it enters. Rule 11."""
         states = [self.part(part) for part in sorted(parts)] if worker in self._members else []
-        clock = self.clock(worker)
+        clock = 0 if self.policy.lockstep else self.clock(worker)
         answers = [effect for state in states for effect in self._answer(state, worker, clock)]
         return answers + self._open_gate()
 
@@ -264,7 +265,8 @@ class Shard:
     def _repeat(self, state: PartState, worker: int, step: int) -> list[Effect]:
         refused = self._is_over(worker, step) and self.policy.sealed and self._steps[worker].samples
         counted = Refused(1) if refused else Duplicate(worker, step, state.part.index)
-        return [counted, *self._answer(state, worker, step + 1)]
+        answered = max(step + 1, self._known[worker].first_step)  # it may be told to go on further
+        return [counted, *self._answer(state, worker, answered)]
 
     def _answer(self, state: PartState, worker: int, clock: int) -> list[Effect]:
         """Send a worker a part, unless it has it or will be sent it without asking."""
@@ -272,7 +274,7 @@ class Shard:
         if waits or self._gate.has(worker, index):
             return []
         if self.policy.lockstep:
-            return [self._release(state, (worker,))]
+            return [self._release(state, (worker,), clock)]
         self._gate.wait(worker, clock, index)
         return []
 
@@ -357,7 +359,6 @@ class Shard:
         for rank in workers:
             state.pull(rank, copy=self._copies)
             self._gate.sent(rank, state.part.index)
-        clock = 0 if self.policy.lockstep else clock
         return Release(state.part.index, state.version, tuple(workers), clock)
 
     def _enter(self, rank: int, member: Member) -> list[Effect]:

@@ -38,10 +38,11 @@ class Whereabouts:
         self._enter(replace(arrival.point, count=0))
 
     def _enter(self, body: Point) -> None:
-        if body > self.position.point:
+        before = self.position.point
+        if body > before:
             self.position = replace(self.position, point=body)
-            # Nobody who joins runs a body that is over.
-            self._meetings = {p: means for p, means in self._meetings.items() if not p.loop}
+            # Who has just joined may still run the body before, but no earlier one.
+            self._meetings = {p: m for p, m in self._meetings.items() if not p.loop or p > before}
 
     def met(self, arrivals: Iterable[Arrival], means: tuple[float, ...]) -> None:
         """A meeting is over."""

@@ -371,7 +371,8 @@ class ParameterServerExchange:
         part = self._plan.parts[message.part]
         elements = codec.decode_elements(message, part)
         self._epoch = max(self._epoch, message.epoch)
-        mark = message.step if self._lockstep else message.clock
+        # In lockstep the clock is told only where the version does not tell: in answers to repeats.
+        mark = message.clock or message.step if self._lockstep else message.clock
         if not self._inbox.wants(part.index, mark):
             return
         target = self._buckets[part.bucket].host_parameters

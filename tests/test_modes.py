@@ -121,6 +121,26 @@ def solve(session: Session) -> Returned:
     return {"after": torch.stack(after), "means": means, **problem.model.state_dict()}
 
 
+def meet_often(session: Session, *, num_meetings: int) -> Returned:
+    """A meeting after every step, to which one worker in turn comes late."""
+    problem, means = Problem(session, lr=0.02), []
+    rows = torch.arange(4)
+    for number in range(num_meetings):
+        if number % session.world_size == session.rank:
+            time.sleep(0.005)
+        problem.train(rows)
+        means.append(session.mean(number + session.rank))
+    return {"means": means, "weight": problem.copy()}
+
+
+def test_workers_that_are_late_for_the_update_are_met_all_the_same(cluster: Cluster) -> None:
+    count = 150
+    results = cluster.run(meet_often, environ=MODES["backup workers"], num_meetings=count)
+    for result in results:
+        assert result.values["means"] == [number + 1 for number in range(count)]
+        assert torch.equal(result.tensors["weight"], results[0].tensors["weight"])
+
+
 def balance_of(run_dir: Path) -> Balance:
     """What the lead has written about all samples."""
     ledger = Ledger()

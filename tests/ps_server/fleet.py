@@ -292,7 +292,7 @@ class Process:
         match response:
             case Part(part, version, clock, epoch, value):
                 self.epoch = max(self.epoch, epoch)
-                mark = version if self.lockstep else clock
+                mark = clock or version if self.lockstep else clock
                 if self._may_want(part) and mark >= self.expected.get(
                     part, self.marks.get(part, 0)
                 ):
@@ -399,7 +399,7 @@ class Process:
     def _pass(self) -> Script:
         grant: Grant | None = None
         stops_after = (
-            self.chance.randint(0, 3) if self.chance.random() < self.habits.break_off else -1
+            self.chance.randint(1, 3) if self.chance.random() < self.habits.break_off else -1
         )
         while True:
             while self.num_open:
@@ -683,10 +683,11 @@ class Fleet:
         held, rank = edge.shard, process.rank
         match message:
             case Begin():
+                edge.begun[rank] = (rank, process.incarnation, message.step)
+                todo = held.begin(rank, message)
                 if shard == 0:
                     self.perform(self.lead.begin(rank, message, self._position(process, message)))
-                edge.begun[rank] = (rank, process.incarnation, message.step)
-                self.act(shard, held.begin(rank, message))
+                self.act(shard, todo)
             case Push(step, part, value):
                 gradient = torch.full((LENGTH,), value, dtype=torch.float64)
                 assert edge.begun[rank][2] == step

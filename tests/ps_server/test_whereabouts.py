@@ -38,14 +38,16 @@ def test_what_a_meeting_came_to_is_told_to_who_comes_later() -> None:
     assert where.past(replace(first, purpose=Purpose.CLOSE)) is None
 
 
-def test_meetings_before_the_first_loop_are_kept_and_those_of_a_body_that_is_over_are_not() -> None:
+def test_meetings_before_the_first_loop_are_kept_and_those_of_two_bodies() -> None:
     where, before, within = Whereabouts(), mean(Point(0, 0, 1)), mean(Point(1, 0, 1))
     where.met([before], (1.0,))
     where.arrived(within)
     where.met([within], (2.0,))
     where.begun(Position(Point(1, 1), (), 4, Point(1, 1)))
-    assert where.past(before) == (1.0,)
+    assert where.past(within) == (2.0,), "a worker may have joined just before"
+    where.begun(Position(Point(1, 2), (), 8, Point(1, 2)))
     assert where.past(within) is None
+    assert where.past(before) == (1.0,)
 
 
 def test_a_meeting_that_is_no_call_of_the_script_is_not_kept() -> None:

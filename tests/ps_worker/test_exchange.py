@@ -83,6 +83,11 @@ class Desk:
         elements = torch.full((self.plan.parts[part].length,), value)
         self.stream.send(codec.encode_answer(version, part, elements, epoch=1))
 
+    def answer_again(self, part: int, version: int, clock: int) -> None:
+        """Answer a repeat of the step before `clock`, when the part is of a later version."""
+        elements = torch.full((self.plan.parts[part].length,), -1.0)
+        self.stream.send(codec.encode_answer(version, part, elements, epoch=1, clock=clock))
+
     def break_stream(self) -> None:
         self.stream.end(StatusCode.UNAVAILABLE, "Socket closed")
 
@@ -303,6 +308,21 @@ def test_the_end_of_a_meeting_that_is_told_twice_does_not_end_the_next_wait(desk
         pass
     desk.stream.send(ExchangeResponse(met=Met(step=1, epoch=3, means=[5.0]), number=3))
     assert meeting.result(PATIENCE_SECONDS).means == (5.0,)
+
+
+def test_the_answer_to_a_repeated_step_is_not_taken_for_that_of_the_present_one(desk: Desk) -> None:
+    # With backup workers others may have gone further than this one, which is late for step 4.
+    desk.begin(4)
+    settled = desk.run(desk.exchange.settle, 4)
+    for part in desk.parts:
+        desk.answer_again(part, version=5, clock=4)
+    desk.stream.send(ExchangeResponse(refused=shard_pb2.Refused(next_step=6)))
+    for part in desk.parts:
+        assert not settled.done()
+        desk.answer(part, 6, 7.0)
+    outcome = settled.result(PATIENCE_SECONDS)
+    assert (outcome.next_step, outcome.version, outcome.applied) == (6, 6, False)
+    assert desk.values() <= {7.0, 0.0}
 
 
 def granted(number: int, lease_id: int) -> ExchangeResponse:
