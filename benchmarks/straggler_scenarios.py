@@ -30,7 +30,7 @@ class Setting(NamedTuple):
     long_step_seconds: float
     seconds: float  # that count, of a scenario without pauses
     lead_seconds: float  # until a bound is used up
-    pause_window_seconds: float  # in which every worker is paused once
+    pause_window_seconds: float  # of a scenario with pauses
     pause_seconds: float
     seed: int
 
@@ -74,13 +74,12 @@ def scenarios(setting: Setting) -> list[Scenario]:
     short, long = setting.step_seconds, setting.long_step_seconds
     seconds, lead, window = setting.seconds, setting.lead_seconds, setting.pause_window_seconds
     num_workers = setting.num_workers
-    num_pauses = max(1, num_workers // 2)  # in half of the window: as many as all workers have
     return [
         Scenario("nobody slow", short, seconds),
         Scenario("one worker 4x slower", short, seconds, lead, slowness=4),
         Scenario("one worker 10x slower", short, seconds, lead, slowness=10),
-        Scenario("one worker paused", short, window / 2, num_paused=1, num_pauses=num_pauses),
         Scenario("nobody slow, long steps", long, seconds),
+        Scenario("one worker paused, long steps", long, window, num_paused=1, num_pauses=2),
         Scenario("all paused, long steps", long, window, num_paused=num_workers, num_pauses=1),
     ]
 
@@ -191,6 +190,7 @@ def targets(rows: Sequence[Row]) -> list[Row]:
         ("async", "one worker 10x slower", "of_fast_workers"),
         ("backup1", "one worker 4x slower", "of_its_own"),
         ("backup1", "one worker 10x slower", "of_its_own"),
+        ("bounded3", "one worker paused, long steps", "of_its_own"),
         ("bounded3", "all paused, long steps", "of_its_own"),
     ]
     return [

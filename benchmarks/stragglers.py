@@ -2,9 +2,9 @@
 
 First table: workers whose compute is a sleep, so that few cores do not distort it, then a real
 backward pass and a real exchange of a small model (SGD). The last worker is slow for good, or is
-paused now and then; or every worker is paused once. Pauses come at random times, the same for all
-systems; in a pause a worker does not compute. A system runs for a given time, whatever number of
-steps that is.
+paused twice; or every worker is paused once. Pauses come at random times, the same for all systems;
+in a pause a worker does not compute. A system runs for a given time, whatever number of steps that
+is.
 
   updates/s      versions of the parameters; where each gradient is an update, N times as many
   samples/s      behind the gradients that were used, as the lead's updates.jsonl tells
@@ -14,8 +14,9 @@ steps that is.
   evicted        workers, in all scenarios of the system: evictions are switched off
 
 A bound of k lets others go k steps ahead of a paused worker, and hides that much of its pause if it
-catches up before it is paused again. So it helps when pauses are not longer than a few steps and
-hit everybody; one worker that is paused again and again is a slow worker, for which all wait.
+catches up before it is paused again, which it does only where others pause too. So it helps when
+pauses are not longer than a few steps and hit everybody; of one worker that is paused again and
+again it hides a few steps once.
 
 Second table: how soon worker 0 reads held-out digits (examples/digits.py) well; nobody is slow.
 Here workers compute for real and share the cores, which favours whoever waits least for others.
@@ -292,7 +293,7 @@ def parse() -> Namespace:
     add("--long-step-ms", type=float, default=500, help="the same, where steps are long")
     add("--seconds", type=float, default=8, help="that count, of a scenario without pauses")
     add("--lead-seconds", type=float, default=1, help="until bounds are used up; do not count")
-    add("--pause-window", type=float, default=24, help="seconds in which every worker pauses once")
+    add("--pause-window", type=float, default=24, help="seconds of a scenario with pauses")
     add("--pause-seconds", type=float, default=2, help="how long a pause is")
     add("--local-steps", type=int, default=10, help="of mode local, between two exchanges")
     add("--seed", type=int, default=0, help="of pauses, batches and initial values")

@@ -19,15 +19,13 @@ from ps_server.effects import Remains
 from ps_server.heartbeats import Heartbeats
 from ps_server.lead import Lead
 from ps_server.liveness import Liveness
+from ps_server.order_log import OrderLog
 from ps_server.orders import Complete, Effect, Failed, Membership, Met, Readmitted
 from ps_server.outbox import Outbox
 from ps_server.policy import consistency_of
 from ps_server.stragglers import Stragglers, Verdict
 from ps_server.terms import Begin, Cause, Terms
 from ps_server.updates_log import UpdatesLog
-
-_MAX_HISTORY = 4096
-"""Orders that a shard may have missed while its stream was broken."""
 
 _RESERVED_SECONDS = 60.0
 """A worker that is started imports torch before it joins, which may take a while."""
@@ -57,8 +55,7 @@ class Office:
         self._shards: dict[int, int] = {}
         self._controls: dict[int, Outbox] = {}
         self._liveness = Liveness(config.rpc.reconnect_seconds)
-        self._orders: dict[object, Order] = {}
-        """Every membership by its epoch, and the last of each other kind, in the order given."""
+        self._orders = OrderLog()
         self._todo: deque[Effect] = deque()
         self._is_performing = False
         self._stragglers = Stragglers()
@@ -245,13 +242,13 @@ class Office:
                 "the lead (shard 0) restarted and lost its state: start the job again"
             )
         self._check_same(hello.shard, hello.incarnation)
+        missed = self._orders.since(hello.epoch)
         outbox = self._controls[hello.shard] = Outbox()
         self._liveness.opened(hello.shard)
         welcome = lead_pb2.Welcome(lead_incarnation=self._incarnation)
         outbox.put(lead_pb2.ControlResponse(welcome=welcome))
-        for order in self._orders.values():
-            if not isinstance(order, Membership) or order.epoch > hello.epoch:
-                outbox.put(encode_order(order))
+        for order in missed:
+            outbox.put(encode_order(order))
         return outbox
 
     def _check_same(self, shard: int, incarnation: int) -> None:
@@ -372,11 +369,7 @@ class Office:
 
     def _order(self, order: Order) -> None:
         message = encode_order(order)
-        key = order.epoch if isinstance(order, Membership) else type(order)
-        self._orders.pop(key, None)
-        self._orders[key] = order
-        if len(self._orders) > _MAX_HISTORY:
-            del self._orders[next(iter(self._orders))]
+        self._orders.add(order)
         for rank in order.evicted if isinstance(order, Membership) else ():
             self._forget(rank)
         for outbox in self._controls.values():

@@ -120,7 +120,7 @@ class _Arrivals:
     """When the workers' shares of one step have come."""
 
     first: float
-    last_used: float
+    last: float
 
 
 @dataclass(slots=True)
@@ -134,13 +134,13 @@ class Lags:
     _forgotten: int = -1
     """The latest step that is not remembered any more."""
 
-    def arrived(self, worker: int, step: int, now: float, *, used: bool = True) -> None:
+    def arrived(self, worker: int, step: int, now: float) -> None:
         """The last part of a worker's step has come. A worker's steps come in order; a repeated one
         is ignored, as is a time that cannot be.
 
-        `used`: it came in time for the update. The worker's lag is the time since the first worker
-        completed this step. For a step so old that it is forgotten, the time since the oldest step
-        that is remembered stands in; the lag is at least that.
+        The worker's lag is the time since the first worker completed this step. For a step so old
+        that it is forgotten, the time since the oldest step that is remembered stands in; the lag
+        is at least that.
         """
         if not math.isfinite(now) or step <= self._latest.get(worker, -1):
             return
@@ -150,8 +150,7 @@ class Lags:
         if not 0 <= lag_seconds < math.inf:
             return
         self._lags[worker] = _smoothed(self._lags.get(worker), lag_seconds)
-        if used:
-            arrivals.last_used = max(arrivals.last_used, now)
+        arrivals.last = max(arrivals.last, now)
 
     def forget(self, worker: int) -> None:
         """The worker is gone, or another process has taken its place."""
@@ -165,11 +164,11 @@ class Lags:
         return self._lags.get(worker, 0.0)
 
     def waited(self, step: int) -> float:
-        """Seconds from the first arrival of a step to the last that its update used; 0 when the
-        step is not remembered.
+        """Seconds from the first arrival of a step to the last one so far; 0 when the step is not
+        remembered.
         """
         arrivals = self._steps.get(step)
-        return arrivals.last_used - arrivals.first if arrivals else 0.0
+        return arrivals.last - arrivals.first if arrivals else 0.0
 
     def _arrivals(self, step: int, now: float) -> _Arrivals:
         """Those of a step, or what stands in for them."""

@@ -279,7 +279,7 @@ class Session:
         self._journal.log({name: float(value) for name, value in values.items()})
 
     def report(self, **values: Scalar | torch.Tensor) -> None:
-        """Results of the run; those of rank 0 land in `summary.json`."""
+        """Results of the run; those of the lowest rank that has any land in `summary.json`."""
         for name, value in values.items():
             self._reported[name] = value.item() if isinstance(value, torch.Tensor) else value
 
