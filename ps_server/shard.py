@@ -274,6 +274,7 @@ class Shard:
         if waits or self._gate.has(worker, index):
             return []
         if self.policy.lockstep:
+            clock = 0 if clock == state.version else clock
             return [self._release(state, (worker,), clock)]
         self._gate.wait(worker, clock, index)
         return []
