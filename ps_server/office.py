@@ -93,7 +93,8 @@ class Office:
         cluster = self._config.cluster
         self._reserved = {rank: until for rank, until in self._reserved.items() if until > now}
         for rank in range(cluster.num_workers, cluster.num_ranks):
-            if rank not in self._reserved and not self._joined().crew.incarnation(rank):
+            holder = self._lead.crew.incarnation(rank) if self._lead else 0
+            if rank not in self._reserved and not holder:
                 self._reserved[rank] = now + _RESERVED_SECONDS
                 return rank
         raise MismatchError(

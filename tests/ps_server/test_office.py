@@ -71,6 +71,21 @@ def test_nothing_but_joining_is_possible_before_somebody_has_joined(desk: Desk) 
             call()
 
 
+def test_ranks_are_kept_for_workers_that_are_being_started(desk: Desk) -> None:
+    reserve = desk.office.reserve
+    assert [reserve(0.0), reserve(1.0)] == [2, 3], "before anybody has joined, too"
+    with pytest.raises(MismatchError, match="--workers 2:6"):
+        reserve(2.0)
+    desk.start()
+    desk.join(3)
+    assert reserve(61.0) == 2, "whoever it was kept for did not come"
+    with pytest.raises(MismatchError):
+        reserve(100.0)
+    desk.office.evict(3, 13, "stream", "gone")
+    assert reserve(122.0) == 2
+    assert reserve(122.0) == 3
+
+
 def test_joining_again_changes_nothing(desk: Desk) -> None:
     before = joins()
     assert desk.join(0) is True
