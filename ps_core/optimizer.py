@@ -21,6 +21,7 @@ from ps_core.exchange import (
     Outcome,
     Peers,
     Purpose,
+    StateByParameter,
     Work,
 )
 from ps_core.optim_spec import SCALAR_STATE, Hyperparameters, read_groups
@@ -50,8 +51,13 @@ class StepObserver(Protocol):
         """The parameters are those of `outcome.version`."""
         ...
 
-    def meet(self, purpose: Purpose) -> Meeting:
+    def meet(self, purpose: Purpose, values: Sequence[float] = ()) -> Meeting:
         """Wait for all workers, and take over the step that they go on with."""
+        ...
+
+    @property
+    def is_scheduled(self) -> bool:
+        """A `session.scheduler` acts on the hyperparameters."""
         ...
 
 
@@ -174,9 +180,10 @@ class ExchangeOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Accepts what `state_dict()` of this or of the plain torch optimizer gave. Call it on
-        every worker. A worker that has joined a running job changes nothing: its job has gone on
-        from there.
+        every worker. The job of a worker that joins later has gone on from there: no state is
+        replaced, and hyperparameters are unless a `session.scheduler` has brought them forward.
         """
+        groups = self.param_groups
         super().load_state_dict({**state_dict, "state": {}})
         self._inner.param_groups = self.param_groups
         given = {int(key): entries for key, entries in state_dict["state"].items()}
@@ -185,9 +192,21 @@ class ExchangeOptimizer(torch.optim.Optimizer):
             for index, position in enumerate(self._torch_indices)
             if position in given
         }
-        if not self._observer.meet(Purpose.LOAD).is_past:
-            self._exchange.write_state(state)
-        self._observer.meet(Purpose.LOAD)  # the others go on once it is written
+        if self._write(state) and self._observer.is_scheduled:
+            self._inner.param_groups = self.param_groups = groups
+
+    def _write(self, state: StateByParameter) -> bool:
+        """Replace the job's state, once; whoever does so may die of it, and then it is the next
+        worker's turn. True: it was replaced before this worker joined.
+        """
+        while True:
+            meeting = self._observer.meet(Purpose.LOAD)
+            writes = meeting.chosen and not meeting.is_past
+            if writes:
+                self._exchange.write_state(state)
+            written = self._observer.meet(Purpose.LOAD, [float(writes)])
+            if written.means[0]:
+                return written.is_past
 
     def _own_state(self, index: int, entries: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """A parameter's state entries with its own shape and dtype, which only "step" does not take

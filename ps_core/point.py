@@ -16,6 +16,10 @@ class Point:
     data_epoch: int = 0
     count: int = 0
 
+    def __str__(self) -> str:
+        """Such as: time 2 in epoch 3 of session.epochs 1."""
+        return f"time {self.count} in epoch {self.data_epoch} of session.epochs {self.loop}"
+
 
 BEGINNING: Final = Point()
 """Of the script, and no call in particular."""

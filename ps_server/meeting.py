@@ -18,6 +18,13 @@ def check_same(worker: int, arrival: Arrival, rank: int, other: Arrival) -> None
             "call session.epochs, "
             "session.mean and load_state_dict in the same order on every worker"
         )
+    here, there = arrival.point, other.point
+    if here != there and here.count and there.count:
+        raise UsageError(
+            f"worker {worker} comes to '{mine}' for {here} and worker {rank} for {there}: "
+            "call session.epochs, session.mean and load_state_dict in the same order on every "
+            "worker"
+        )
     if len(arrival.values) != len(other.values):
         raise UsageError(
             f"worker {worker} averages {len(arrival.values)} numbers and worker {rank} "

@@ -169,9 +169,11 @@ class Node:
         work, groups = dialogue.decode_work(message), codec.decode_groups(message.groups)
         begin = Begin(message.step, message.epoch, work.samples, groups, work.leases)
         todo = self._joined_shard().begin(rank, begin)  # the lead hears only of what is right
-        if self.office is not None:
-            self.office.begin(rank, begin, message)
-        self._perform(todo)
+        try:
+            if self.office is not None:
+                self.office.begin(rank, begin, message)
+        finally:
+            self._perform(todo)
 
     def _receive_numbered(self, rank: int, request: shard_pb2.ExchangeRequest) -> None:
         """A request to the lead. A repeat, after a stream broke, is answered again if it has been

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ps_core import dialogue
 from ps_core.errors import ProtocolError
+from ps_core.exchange import Purpose
 from ps_core.v1 import shard_pb2
 from ps_server.office import Office
 from ps_server.orders import Met, Readmitted
@@ -21,7 +22,10 @@ def obey(
         case "idle":
             office.idle(rank)
         case "meet":
-            office.meet(rank, dialogue.decode_meet(request.meet))
+            arrival = dialogue.decode_meet(request.meet)
+            if office.state(rank) == "joined" and arrival.purpose is not Purpose.START:
+                raise ProtocolError(f"worker {rank} meets others and does not take part yet")
+            office.meet(rank, arrival)
         case "lease":
             return _lease(office, rank, request.lease)
     return None

@@ -49,10 +49,13 @@ class Attendance:
         """To be called before the meeting that is owed."""
         self.point = BEGINNING
         """The body of `session.epochs` that the script is in."""
+        self._there = BEGINNING
         self._num_reads: Counter[int] = Counter()
         """Loader → how often the script has read it in this body."""
         self._num_meetings = 0
-        """In this body, those that the script calls for."""
+        """In this body, those that the script calls for between passes."""
+        self._is_reading = False
+        """The script is in a pass."""
         self.num_ends = 0
         """How often a pass has ended: leases that were granted before are void."""
 
@@ -68,6 +71,7 @@ class Attendance:
         """The script has broken out of a pass over the data. What goes wrong is told by the next
         call that needs the others: here a script may be on its way out because of an error.
         """
+        self._is_reading = False
         if self._peers is None:
             return
         with contextlib.suppress(ShardlineError):
@@ -82,7 +86,7 @@ class Attendance:
         meeting comes after that, and first `give_back`.
         """
         self._owes_meeting = True
-        self._met = False
+        self._is_reading = self._met = False
         self._give_back = give_back
 
     def ensure_member(self) -> None:
@@ -107,15 +111,26 @@ class Attendance:
         give_back()
         meeting = self.meet(Purpose.EPOCH, takes_leases=takes_leases)
         if meeting.grant is None:
-            self._is_idle = self._owes_meeting = False
+            self._is_idle = self._owes_meeting = self._is_reading = False
             self._met = True
             self.num_ends += 1
         return meeting.grant
 
-    def begin_loop(self) -> int:
-        """Another `session.epochs` begins: its number, from 1."""
-        self._enter(Point(self.point.loop + 1))
-        return self.point.loop
+    def others_are_at(self, point: Point) -> None:
+        """This worker has joined a running job: where that is."""
+        self._there = point
+
+    def begin_loop(self, count: int) -> range:
+        """Another `session.epochs` begins: what is left of its `count` epochs."""
+        loop, there = self.point.loop + 1, self._there
+        self._enter(Point(loop))
+        if loop == there.loop:
+            return range(there.data_epoch, count)
+        return range(count if loop < there.loop else 0, count)
+
+    def end_loop(self, count: int) -> None:
+        """The `session.epochs` of `count` epochs has ended, or the script has broken out of it."""
+        self._enter(Point(self.point.loop, count))
 
     def begin_loop_body(self, epoch: int) -> None:
         """The body of `session.epochs` begins."""
@@ -129,11 +144,13 @@ class Attendance:
 
     def begin_pass(self, loader: int) -> Point:
         """The script begins to read a loader: which call this is."""
+        self._is_reading = True
         self._num_reads[loader] += 1
         return replace(self.point, count=self._num_reads[loader])
 
     def pass_over(self) -> None:
         """The others ended this pass before this worker joined: there is nothing to meet for."""
+        self._is_reading = False
         self._met = True
 
     def end_loop_body(self) -> None:
@@ -158,14 +175,21 @@ class Attendance:
             return Meeting(0, tuple(values), chosen=True)
         self._flush()
         step = self._optimizer.next_step if self._optimizer else 0
-        self._num_meetings += purpose is not Purpose.EPOCH
-        point = replace(self.point, count=self._num_meetings)
         meeting = self._peers.meet(
-            Arrival(purpose, step, tuple(values), weight, takes_leases, point)
+            Arrival(purpose, step, tuple(values), weight, takes_leases, self._next_point(purpose))
         )
         if self._optimizer:
             self._optimizer.next_step = meeting.step
         return meeting
+
+    def _next_point(self, purpose: Purpose) -> Point:
+        """Which call this is. How many there are within a pass depends on how many batches a worker
+        gets: they have no name.
+        """
+        if purpose is Purpose.EPOCH or self._is_reading:
+            return self.point
+        self._num_meetings += 1
+        return replace(self.point, count=self._num_meetings)
 
     def _flush(self) -> None:
         if self._optimizer:

@@ -19,6 +19,9 @@ from shardline.attendance import Attendance
 from shardline.preemption import Preemption
 from shardline.steps import Steps
 
+LOADERS_PER_LOOP = 2**16
+"""Numbers for those that are made within a `session.epochs`, whichever of its bodies are run."""
+
 _AHEAD = 2
 """Leases asked for before they are needed, so that no batch waits for the lead."""
 
@@ -103,7 +106,7 @@ class Place:
     """Where a loader stands in its session."""
 
     index: int
-    """Loaders are counted in the order the script makes them."""
+    """Loaders are counted in the order the script makes them, for each `session.epochs` anew."""
     num_workers: int
     seed: int
     requests: Requests

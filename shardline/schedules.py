@@ -75,7 +75,7 @@ def _epochs_between(before: Point, after: Point) -> int:
     """How many data epochs have ended in between, of two loops at least."""
     if before.loop == after.loop:
         return after.data_epoch - before.data_epoch
-    return 1 + after.data_epoch
+    return (before.loop > 0) + after.data_epoch
 
 
 def _ratio(one: int, other: int) -> float:

@@ -34,13 +34,12 @@ from ps_core.metrics import Endpoint, WorkerMetrics, start_endpoint
 from ps_core.optim_spec import OptimizerSpec, check_consistency, check_norm, describe
 from ps_core.optimizer import ExchangeOptimizer, JobExchange
 from ps_core.plan import ParameterSpec, Plan, make_plan
-from ps_core.point import BEGINNING
 from ps_core.settings import Config, ConsistencyConfig
 from ps_core.tensors import TRAINABLE
 from ps_worker.exchange import ParameterServerExchange
 from shardline.attendance import Attendance
 from shardline.journal import Journal
-from shardline.loader import Loader, Place, Requests, read_spec
+from shardline.loader import LOADERS_PER_LOOP, Loader, Place, Requests, read_spec
 from shardline.preemption import Preemption
 from shardline.records import Scalar
 from shardline.schedules import S, Schedules
@@ -173,6 +172,7 @@ class Session:
         self._optimizer = self._wrap(optimizer, plan, buckets, spec, max_grad_norm)
         self._attendance.bind(self.exchange, self._optimizer)
         if start.position is not None:
+            self._attendance.others_are_at(start.position.point)
             _say(f"worker {self.rank} joins a running job at step {start.step}")
         return self._optimizer
 
@@ -208,20 +208,20 @@ class Session:
         return self._schedules.build(make, self._optimizer, self._start)
 
     def epochs(self, count: int) -> Iterator[int]:
-        """0 … count - 1. All workers meet after each, and then hold the same, newest parameters.
-
-        A worker that has joined a running job begins with the others' epoch.
+        """0 … count - 1; on a worker that has joined a running job from the others' epoch on. All
+        workers meet after each, and then hold the same, newest parameters.
         """
-        loop = self._attendance.begin_loop()
-        there = self._start.position.point if self._start.position else BEGINNING
-        first = there.data_epoch if loop == there.loop else 0 if loop > there.loop else count
-        num_loaders = self._num_loaders
-        for epoch in range(first, count):
-            # A loader that is made anew in every epoch is the same one: its next pass follows.
+        num_loaders, epochs = self._num_loaders, self._attendance.begin_loop(count)
+        try:
+            for epoch in epochs:
+                # A loader that is made anew in every epoch is the same one: its next pass follows.
+                self._num_loaders = self._attendance.point.loop * LOADERS_PER_LOOP
+                self._attendance.begin_loop_body(epoch)
+                yield epoch
+                self._attendance.end_loop_body()
+        finally:
             self._num_loaders = num_loaders
-            self._attendance.begin_loop_body(epoch)
-            yield epoch
-            self._attendance.end_loop_body()
+            self._attendance.end_loop(count)
 
     def loader(
         self,

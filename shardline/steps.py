@@ -208,9 +208,14 @@ class Steps:
         if self._brings_own_data:
             self._check_preempted()
 
-    def meet(self, purpose: Purpose) -> Meeting:
+    def meet(self, purpose: Purpose, values: Sequence[float] = ()) -> Meeting:
         """See StepObserver."""
-        return self._attendance.meet(purpose)
+        return self._attendance.meet(purpose, values)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """See StepObserver."""
+        return bool(self._count_schedules())
 
     def _stop_computing(self, now: float) -> None:
         """Whatever the script has done since its batch is done."""

@@ -41,6 +41,7 @@ from ps_core.metrics import REGISTRY
 from ps_core.optim_spec import describe
 from ps_core.optimizer import ExchangeOptimizer
 from ps_core.plan import ParameterSpec
+from ps_core.point import Point
 from ps_core.settings import ConsistencyConfig
 from ps_core.v1 import shard_pb2
 from ps_server import values
@@ -1259,6 +1260,34 @@ def test_a_loader_that_is_made_anew_in_every_epoch_goes_on_with_another_order() 
     generators = [torch.Generator().manual_seed(SEED + number) for number in range(3)]
     orders = [torch.randperm(20, generator=each).tolist() for each in generators]
     assert result.values["read"] == [n for order in orders for n in order]
+
+
+def number_loaders(session: Session, *, there: Sequence[int]) -> Returned:
+    """The numbers of loaders that are made before, in, between and after two loops."""
+    session._attendance.others_are_at(Point(*there))
+    numbers: dict[str, list[int]] = {}
+
+    def make(where: str) -> None:
+        loaders = [session.loader(TensorDataset(torch.arange(4)), 2) for _ in range(2)]
+        numbers[where] = [loader._place.index for loader in loaders]
+
+    make("before")
+    for _ in session.epochs(2):
+        make("in the first")
+    make("between")
+    for _ in session.epochs(3):
+        make("in the second")
+        break
+    make("after")
+    return numbers
+
+
+def test_loaders_have_the_same_numbers_on_a_joiner_that_leaves_a_loop_out() -> None:
+    numbers = run_alone(number_loaders, there=[0, 0]).values
+    assert len({number for each in numbers.values() for number in each}) == 10
+    joiner = run_alone(number_loaders, there=[2, 1]).values
+    assert "in the first" not in joiner
+    assert joiner == {where: numbers[where] for where in joiner}
 
 
 def evaluate(session: Session) -> Returned:

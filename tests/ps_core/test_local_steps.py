@@ -135,9 +135,11 @@ class Observed:
         self.outcomes.append(outcome)
         self.samples.append(samples)
 
-    def meet(self, purpose: Purpose) -> Meeting:
+    is_scheduled = False
+
+    def meet(self, purpose: Purpose, values: Sequence[float] = ()) -> Meeting:
         """Alone: nobody else is to come."""
-        return Meeting(0, (), chosen=True)
+        return Meeting(0, tuple(values), chosen=True)
 
 
 @dataclass(frozen=True)

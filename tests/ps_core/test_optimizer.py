@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,8 @@ class Observed:
     def __init__(self) -> None:
         self.steps: list[tuple[Outcome, int]] = []
         self.met: list[Purpose] = []
-        self.is_past = False
+        self.is_past = self.is_scheduled = False
+        self.written: deque[tuple[float, ...]] = deque()
 
     def before_step(self) -> None:
         pass
@@ -35,10 +39,12 @@ class Observed:
     def after_step(self, outcome: Outcome, samples: int, exchange_seconds: float) -> None:
         self.steps.append((outcome, samples))
 
-    def meet(self, purpose: Purpose) -> Meeting:
+    def meet(self, purpose: Purpose, values: Sequence[float] = ()) -> Meeting:
         """Alone: nobody else is to come."""
         self.met.append(purpose)
-        return Meeting(0, (), chosen=True, is_past=self.is_past)
+        means = (1.0,) * len(values) if self.is_past else tuple(values)
+        means = self.written.popleft() if values and self.written else means
+        return Meeting(0, means, chosen=True, is_past=self.is_past)
 
 
 def enter(
@@ -104,13 +110,36 @@ def test_a_gradient_that_is_not_finite_skips_the_step_if_asked() -> None:
     assert optimizer.num_skipped == 1
 
 
-@pytest.mark.parametrize("is_past", [False, True])
-def test_state_is_loaded_unless_the_job_has_gone_on_from_there(*, is_past: bool) -> None:
-    optimizer, observer = enter(nn.Linear(2, 1), momentum=0.9)
-    observer.is_past = is_past
+def with_momentum(optimizer: ExchangeOptimizer) -> dict[str, Any]:
     saved = optimizer.state_dict()
     saved["state"] = {0: {"momentum_buffer": torch.tensor([[3.0, 4.0]])}}
-    optimizer.load_state_dict(saved)
+    saved["param_groups"] = [{**group, "lr": 0.125} for group in saved["param_groups"]]
+    return saved
+
+
+def momentum(optimizer: ExchangeOptimizer) -> list[Any]:
+    state = optimizer.state_dict()["state"]
+    return [entries["momentum_buffer"].tolist() for entries in state.values()]
+
+
+@pytest.mark.parametrize("is_past", [False, True])
+@pytest.mark.parametrize("is_scheduled", [False, True])
+def test_state_is_loaded_unless_the_job_has_gone_on_from_there(
+    *, is_past: bool, is_scheduled: bool
+) -> None:
+    optimizer, observer = enter(nn.Linear(2, 1), momentum=0.9)
+    observer.is_past, observer.is_scheduled = is_past, is_scheduled
+    optimizer.load_state_dict(with_momentum(optimizer))
     assert observer.met == [Purpose.LOAD] * 2
-    buffers = [each["momentum_buffer"] for each in optimizer.state_dict()["state"].values()]
-    assert [each.tolist() for each in buffers] == ([] if is_past else [[[3.0, 4.0]]])
+    assert momentum(optimizer) == ([] if is_past else [[[3.0, 4.0]]])
+    keeps = is_past and is_scheduled
+    assert optimizer.param_groups[0]["lr"] == (0.5 if keeps else 0.125)
+    assert optimizer._inner.param_groups is optimizer.param_groups
+
+
+def test_state_is_written_again_when_whoever_was_to_write_it_did_not_come_back() -> None:
+    optimizer, observer = enter(nn.Linear(2, 1), momentum=0.9)
+    observer.written = deque([(0.0,), (0.5,)])  # what all have brought, on average
+    optimizer.load_state_dict(with_momentum(optimizer))
+    assert observer.met == [Purpose.LOAD] * 4
+    assert momentum(optimizer) == [[[3.0, 4.0]]]

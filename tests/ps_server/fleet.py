@@ -388,6 +388,7 @@ class Process:
                 yield from self.meet(Purpose.EPOCH)
                 self.is_interrupted = False
             yield from self._average()
+        self.point, self.num_meetings = Point(1, self.habits.num_epochs), 0
         yield from self.meet(Purpose.CLOSE)
         yield from self.leave(preempted=False)
 

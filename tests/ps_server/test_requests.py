@@ -96,6 +96,13 @@ def test_a_worker_that_has_not_entered_is_granted_nothing(desk: Desk) -> None:
         ask(desk, 2, lease=dialogue.encode_lease_request(0, SPEC))
 
 
+def test_a_worker_that_has_not_entered_meets_nobody(desk: Desk) -> None:
+    desk.join(2)
+    meet = dialogue.encode_meet(Arrival(Purpose.MEAN, 0, (1.0,), point=Point(0, 0, 1)))
+    with pytest.raises(ProtocolError, match="worker 2 meets others and does not take part"):
+        ask(desk, 2, meet=meet)
+
+
 def test_a_worker_that_waits_may_ask_for_a_share_of_a_global_batch(desk: Desk) -> None:
     desk.office.idle(1)
     wanted = dialogue.encode_lease_request(0, PassSpec(10, 0, global_batch_size=4))

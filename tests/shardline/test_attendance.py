@@ -204,14 +204,13 @@ def test_passes_and_meetings_are_counted_in_each_body_of_the_loop(
 ) -> None:
     assert attendance.begin_pass(0) == Point(0, 0, 1)
     for loop in (1, 2):
-        assert attendance.begin_loop() == loop
-        for epoch in range(2):
+        for epoch in attendance.begin_loop(2):
             attendance.begin_loop_body(epoch)
             assert attendance.begin_pass(0) == Point(loop, epoch, 1)
             assert attendance.begin_pass(1) == Point(loop, epoch, 1)
             assert attendance.begin_pass(0) == Point(loop, epoch, 2)
-            attendance.meet(Purpose.MEAN)
             attendance.end_epoch()
+            attendance.meet(Purpose.MEAN)
             attendance.meet(Purpose.LOAD)
     counted = [a.point.count for a in notes.arrivals if a.purpose is not Purpose.EPOCH]
     assert counted == [1, 2] * 4
@@ -228,3 +227,46 @@ def test_nobody_is_met_at_the_end_of_a_pass_that_is_over(
     attendance.begin_loop_body(1)
     attendance.end_loop_body()
     assert notes.heard == EPOCH
+
+
+def test_meetings_within_a_pass_have_no_name(attendance: Attendance, notes: Notes) -> None:
+    attendance.begin_loop_body(2)
+    attendance.meet(Purpose.MEAN)
+    for end in (attendance.end_epoch, attendance.break_off, attendance.pass_over):
+        attendance.begin_pass(0)
+        attendance.meet(Purpose.MEAN)
+        end()
+        attendance.meet(Purpose.MEAN)
+    counted = [a.point.count for a in notes.arrivals if a.purpose is Purpose.MEAN]
+    assert counted == [1, 0, 2, 0, 3, 0, 4]
+    assert {a.point.data_epoch for a in notes.arrivals} == {2}
+
+
+def test_a_meeting_that_follows_gradients_left_over_has_a_name(
+    attendance: Attendance, notes: Notes
+) -> None:
+    attendance.begin_pass(0)
+    attendance.put_off(lambda: None)
+    attendance.meet(Purpose.MEAN)
+    assert [a.point.count for a in notes.arrivals] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("there", "first", "second"),
+    [
+        (Point(), [0, 1, 2], [0, 1, 2]),
+        (Point(1, 0), [0, 1, 2], [0, 1, 2]),
+        (Point(1, 2), [2], [0, 1, 2]),
+        (Point(1, 3), [], [0, 1, 2]),
+        (Point(2, 1), [], [1, 2]),
+        (Point(2, 3), [], []),
+    ],
+)
+def test_a_joiner_goes_through_what_is_left_of_the_loops(
+    attendance: Attendance, there: Point, first: list[int], second: list[int]
+) -> None:
+    attendance.others_are_at(there)
+    for loop, left in ((1, first), (2, second)):
+        assert list(attendance.begin_loop(3)) == left
+        attendance.end_loop(3)
+        assert attendance.point == Point(loop, 3)

@@ -135,6 +135,12 @@ def test_epochs_are_counted_on_from_one_loop_to_the_next() -> None:
     assert scheduler.last_epoch == 10
 
 
+def test_what_came_before_the_first_loop_was_no_epoch() -> None:
+    position = Position(at(0), (0,), schedules_step=100, schedules_point=Point())
+    _, scheduler = late(MAKERS["StepLR"], position, step=110)
+    assert scheduler.last_epoch == 0
+
+
 def test_a_scheduler_that_began_elsewhere_keeps_its_distance() -> None:
     # Stepped twice per epoch, or not in every one: nobody knows, so the last count is the best.
     position = Position(at(9), schedules=(16,), schedules_step=100, schedules_point=at(8))
