@@ -289,16 +289,6 @@ class LeaseBook:
         begun = self._begun.get(worker)
         return tuple(i for i in begun.lease_ids if i in self._out) if begun else ()
 
-    def has_open_leases(self, loader: int) -> bool:
-        """Whether anybody holds a lease of the loader, consumed or not."""
-        return any(out.lease.loader == loader for out in self._out.values())
-
-    def is_available(self, loader: int) -> bool:
-        """Whether the loader's open pass has free positions: somebody could be granted a lease,
-        though not everybody.
-        """
-        return loader in self._passes and self._passes[loader].pool.num_free > 0
-
     def end_passes(self) -> list[PassEnd]:
         """Every worker has come to the end: close all open passes. Rule 7. No lease may be
         consumed: each step has been decided.

@@ -56,7 +56,6 @@ class LocalExchange:
             for bucket in buckets
             for position, placement in enumerate(bucket.layout.placements)
         }
-        self._shapes = {index: spec.shape for index, spec in enumerate(plan.parameters)}
         groups = [(index, self._group(plan, index)) for index in range(len(optimizer.groups))]
         self._optimizer = build(optimizer, [group for group in groups if group[1]])
         self._indices = [index for index, tensors in groups if tensors]

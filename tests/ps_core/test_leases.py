@@ -67,7 +67,8 @@ def test_who_comes_to_a_pass_that_has_ended_is_told_so_and_opens_none(book: Leas
     for point in ((0, 0, 1), (1, 2, 1), (1, 2, 9), (1, 3, 1)):
         assert ask(0, *point) == over
     assert not ask(1, 1, 3, 1).is_over, "another loader's"
-    assert not book.is_available(0)
+    totals = book.totals()
+    assert totals.open + totals.granted == SPEC.num_samples, "the other loader's pass only"
     for number, point in enumerate(((1, 3, 2), (1, 4, 1), (2, 0, 1)), start=1):
         answer = ask(0, *point)
         assert (answer.number, answer.is_over) == (number, False)
@@ -159,7 +160,7 @@ def test_what_is_free_or_granted_when_a_pass_ends_is_abandoned() -> None:
     book.settle_in_part(1)
     assert book.end_passes() == [PassEnd(0, 0, abandoned=((10, 20), (30, 100)))]
     assert book.end_passes() == []
-    assert not book.has_open_leases(0)
+    assert not book.totals().granted
 
 
 def test_all_open_passes_end_together(book: LeaseBook) -> None:
@@ -316,10 +317,10 @@ def test_a_declined_batch_goes_to_another_worker_once_and_is_then_abandoned(
 ) -> None:
     spec = PassSpec(num_samples=10, batch_size=10)
     book.give_back(0, [grant(book, 0, spec).id], declined=True)
-    assert book.is_available(0)
+    assert book.totals().open
     assert book.request(0, spec, 0, WORKERS).lease is None
     book.give_back(1, [grant(book, 1, spec).id], declined=True)
-    assert not book.is_available(0)
+    assert not book.totals().open
     assert book.totals() == Totals(0, 0, 0, returned=10, abandoned=10, open=0)
     assert book.end_passes() == [PassEnd(0, 0, ((0, 10),))]
     assert book.totals().abandoned == 10
@@ -357,32 +358,10 @@ def test_a_declined_batch_that_comes_back_otherwise_keeps_its_one_chance(
             book.refuse(1)
     assert book.request(0, spec, 0, WORKERS).lease is None
     book.give_back(1, [grant(book, 1, spec).id], declined=True)
-    assert not book.is_available(0)
+    assert not book.totals().open
 
 
 # -- What is asked about ---------------------------------------------------------------------------
-
-
-def test_open_leases_are_those_granted_or_consumed_of_that_loader(book: LeaseBook) -> None:
-    assert not book.has_open_leases(0)
-    lease = grant(book)
-    assert book.has_open_leases(0)
-    assert not book.has_open_leases(1)
-    book.consume(0, 0, [lease.id])
-    assert book.has_open_leases(0)
-    book.settle(0)
-    assert not book.has_open_leases(0)
-
-
-def test_a_pass_is_available_while_it_has_free_positions(book: LeaseBook) -> None:
-    spec = PassSpec(num_samples=10, batch_size=10)
-    assert not book.is_available(0)
-    lease = grant(book, spec=spec)
-    assert not book.is_available(0)
-    book.give_back(0, [lease.id], declined=False)
-    assert book.is_available(0)
-    book.end_passes()
-    assert not book.is_available(0)
 
 
 def test_totals_count_samples_over_all_passes() -> None:
@@ -729,16 +708,6 @@ class LeaseMachine(RuleBasedStateMachine):
             abandoned=total(ABANDONED),
             open=total(FREE),
         )
-
-    @invariant()
-    def each_loader_is_known_to_be_available_or_out(self) -> None:
-        for loader in (0, 1):
-            current = self.passes.get(loader)
-            free, out = (
-                (current.count(FREE), current.count(GRANTED, CONSUMED)) if current else (0, 0)
-            )
-            assert self.book.is_available(loader) == (free > 0)
-            assert self.book.has_open_leases(loader) == (out > 0)
 
 
 LeaseMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
