@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ps_core.errors import UsageError
 from ps_core.exchange import DataLeases, Grant
 from ps_core.leases import Lease, PassSpec
+from ps_core.point import Point
 from shardline.attendance import Attendance
 from shardline.preemption import Preemption
 from shardline.steps import Steps
@@ -62,6 +63,11 @@ class LeaseStream:
         self._is_dry = False
         self.is_over = False
         """The pass had ended before this worker came to it."""
+
+    def begin_pass(self, point: Point) -> None:
+        """The script begins to read the loader."""
+        self.spec = replace(self.spec, point=point)
+        self.is_over = False
 
     def begin(self, grant: Grant | None = None) -> None:
         """A pass begins, or goes on with what has come back. What was asked for in a pass that was
@@ -164,8 +170,7 @@ class Loader:
         place, index = self._place, self._place.index
         place.attendance.ensure_met()
         place.steps.begin_pass(index)
-        self._stream.is_over = False
-        self._stream.spec = replace(self._spec, point=place.attendance.begin_pass(index))
+        self._stream.begin_pass(place.attendance.begin_pass(index))
         is_over, grant = False, None
         try:
             while not is_over:
