@@ -58,6 +58,7 @@ class Bucket:
     @torch.no_grad()
     def collect(self, scale: float = 1.0) -> None:
         """Copy every `.grad`, times `scale`, into `gradients` and note which are present."""
+        self._scale = scale
         for position, (parameter, view) in enumerate(
             zip(self.members, self.gradient_views, strict=True)
         ):
@@ -74,6 +75,10 @@ class Bucket:
                 view.copy_(gradient)
             else:
                 torch.mul(gradient, scale, out=view)
+
+    def collect_again(self) -> None:
+        """As the last time, if an exchange has spoiled `gradients` in vain."""
+        self.collect(self._scale)
 
     def set_anchor(self) -> None:
         """Keep a copy of the parameters, for `return_to_anchor`."""

@@ -11,6 +11,10 @@ Commas separate the entries of a list. In the environment, true is `true` or `1`
 so any other variable `SHARDLINE_*`, ends the command with the name of the nearest one that does.
 Kubernetes sets such variables beside a Service called `shardline`: switch that off in each pod with
 `enableServiceLinks: false`.
+
+A process that torchrun has started takes its place from torch's own variables (`RANK`,
+`WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`), as far as no file or variable above says
+otherwise; so does one in a pod where they are set by hand.
 """
 
 import argparse
@@ -74,6 +78,12 @@ _SETTINGS: Final = {
     for key in [f"{section}.{item.name}"]
 }
 _VARIABLES: Final = {setting.variable: key for key, setting in _SETTINGS.items()}
+_TORCH_VARIABLES: Final = {
+    "RANK": "cluster.rank",
+    "WORLD_SIZE": "cluster.num_workers",
+    "MASTER_ADDR": "",
+    "MASTER_PORT": "",
+}
 _BOOLS: Final = {"1": True, "true": True, "0": False, "false": False}
 _KINDS: Final[dict[Any, tuple[str, Callable[[str], object]]]] = {
     bool: ("true or false", lambda text: _BOOLS[text.strip().lower()]),
@@ -97,7 +107,7 @@ def load(
     """
     environ = os.environ if environ is None else environ
     path = file or Path(environ.get(FILE_VARIABLE, ""))
-    values = {} if path == Path() else _read_file(path)
+    values = _from_torch(environ) | ({} if path == Path() else _read_file(path))
     for variable in environ:
         if variable.startswith(PREFIX) and variable != FILE_VARIABLE:
             key = _VARIABLES[_known(variable, _VARIABLES, "the environment")]
@@ -112,6 +122,22 @@ def load(
     config = Config(**{section: kind(**parts[section]) for section, kind in _SECTIONS.items()})
     validate(config)
     return _without_bound_0(config)
+
+
+def _from_torch(environ: Mapping[str, str]) -> dict[str, object]:
+    """The keys that torch's own variables stand for, where all of them are set."""
+    if not all(environ.get(name) for name in _TORCH_VARIABLES):
+        return {}
+    texts = {key: environ[name] for name, key in _TORCH_VARIABLES.items() if key}
+    texts["cluster.local_rank"] = environ.get("LOCAL_RANK", "-1")
+    texts["cluster.attempt"] = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    host, port = environ["MASTER_ADDR"], environ["MASTER_PORT"]
+    texts["cluster.rendezvous"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    is_torchrun = environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    # torchrun keeps the store, and starts all workers again when one is lost.
+    texts["cluster.serve_rendezvous"] = _text(not is_torchrun)
+    texts["cluster.elastic"] = _text(not is_torchrun)
+    return {key: _parse(_SETTINGS[key], text, "torch's variables") for key, text in texts.items()}
 
 
 def _read_file(path: Path) -> dict[str, object]:
@@ -203,7 +229,7 @@ def _validate_cluster(config: Config) -> None:
     cluster = config.cluster
     shards, rank = cluster.shards, cluster.rank
     for address in shards:
-        if _split(address)[1] == 0 or shards.count(address) > 1:
+        if split_address(address)[1] == 0 or shards.count(address) > 1:
             raise ConfigError(f"cluster.shards: each shard needs its own address, not {address}")
     if 0 < cluster.max_workers < cluster.num_workers:
         raise ConfigError(
@@ -220,6 +246,8 @@ def _validate_cluster(config: Config) -> None:
             f"membership.min_workers = {config.membership.min_workers} is above "
             f"cluster.num_workers = {cluster.num_workers}"
         )
+    if cluster.rendezvous:
+        split_address(cluster.rendezvous)
     if shards:
         shard_address(config, config.server.index)
 
@@ -227,6 +255,11 @@ def _validate_cluster(config: Config) -> None:
 def _validate_consistency(config: Config) -> None:
     """Each mode is a quorum and a bound, with at most one modifier of its own."""
     given = config.consistency
+    if config.strategy == "allreduce" and (given.mode != "sync" or given.backup_workers):
+        raise ConfigError(
+            "strategy allreduce is synchronous: every worker takes part in every update. Use mode "
+            "sync without backup workers, or shards"
+        )
     modifiers = {
         "backup_workers": ("sync", bool(given.backup_workers)),
         "staleness_scaling": ("async", given.staleness_scaling),
@@ -258,12 +291,12 @@ def shard_address(config: Config, index: int) -> str:
 def listen_address(config: Config) -> str:
     """Where this shard listens, `host:port`; the port is the one it is reached at, if not set."""
     server = config.server
-    return f"{server.host}:{server.port or _split(shard_address(config, server.index))[1]}"
+    return f"{server.host}:{server.port or split_address(shard_address(config, server.index))[1]}"
 
 
 def is_loopback(address: str) -> bool:
     """Whether `host:port` stays on this machine: localhost or a loopback IP, no other name."""
-    host, _ = _split(address)
+    host, _ = split_address(address)
     with contextlib.suppress(ValueError):
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     return False
@@ -271,21 +304,22 @@ def is_loopback(address: str) -> bool:
 
 def check_addresses(config: Config) -> None:
     """ConfigError when unprotected connections would leave this machine without `rpc.insecure`."""
-    for address in (*config.cluster.shards, f"{config.server.host}:0"):
+    others = (config.cluster.rendezvous,) if config.cluster.rendezvous else ()
+    for address in (*config.cluster.shards, *others, f"{config.server.host}:0"):
         if not config.rpc.insecure and not is_loopback(address):
             raise ConfigError(
-                f"{_split(address)[0]} is not a loopback address, and connections are neither "
-                "encrypted nor authenticated; on a network that you trust, allow this with "
+                f"{split_address(address)[0]} is not a loopback address, and connections are "
+                "neither encrypted nor authenticated; on a network that you trust, allow this with "
                 "--insecure / SHARDLINE_RPC_INSECURE=1"
             )
 
 
-def _split(address: str) -> tuple[str, int]:
+def split_address(address: str) -> tuple[str, int]:
     """Host and port of `host:port`, where an IPv6 host is in brackets; ConfigError otherwise."""
     match = re.fullmatch(r"(?:\[([\da-fA-F:.]+)\]|([^\s:/\[\]]+)):(\d{1,5})", address, re.ASCII)
     if not match or int(match[3]) > 65535:
         raise ConfigError(
-            f"{address!r} (cluster.shards or server.host): not host:port or [IPv6]:port"
+            f"{address!r} (an address of cluster, or server.host): not host:port or [IPv6]:port"
         )
     return match[1] or match[2], int(match[3])
 
@@ -316,8 +350,9 @@ def to_environment(config: Config) -> dict[str, str]:
 
 
 def inherited_environment() -> dict[str, str]:
-    """A copy of this process's environment without any SHARDLINE_* variable."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    """A copy of this process's environment without anything that `load` reads."""
+    mine = {*_TORCH_VARIABLES, "LOCAL_RANK"}
+    return {n: v for n, v in os.environ.items() if not n.startswith(PREFIX) and n not in mine}
 
 
 def documentation() -> str:

@@ -225,6 +225,10 @@ class DataLeases(Protocol):
         """Give back leases that no step will use; `declined`: the script skipped them."""
         ...
 
+    def holds_lease(self, lease: int) -> bool:
+        """Whether it may be trained on. False: it was taken back, and is others' by now."""
+        ...
+
 
 StateByParameter = Mapping[int, Mapping[str, torch.Tensor]]
 """Parameter index in the plan → torch.optim's state entries, whole tensors of the parameter's

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
@@ -166,41 +166,29 @@ class Stripes:
             self._common = Ranges()
 
 
-class _Deal:
-    """Units dealt to workers, by arithmetic: no list of them is made."""
+class Units:
+    """Ranges cut into units, numbered by arithmetic: no list of them is made."""
 
-    def __init__(self, free: Iterable[range], unit: int, workers: tuple[int, ...]) -> None:
-        self.unit = unit
-        self.workers = workers
+    def __init__(self, free: Iterable[range], size: int) -> None:
+        """A unit has `size` positions, or fewer where a range ends."""
+        self.size = size
         self._ranges = list(free)
-        counts = (math.ceil(len(positions) / unit) for positions in self._ranges)
+        counts = (math.ceil(len(positions) / size) for positions in self._ranges)
         self._first_units = [0, *accumulate(counts)]
         """Number of the first unit of each range; the last entry is the number of all units."""
-        self._next = {worker: index for index, worker in enumerate(workers)}
-        """Number of the unit that each worker takes next."""
 
-    def take(self, worker: int) -> range | None:
-        """The worker's own next unit; None when it has taken all."""
-        number = self._next[worker]
-        if number >= self._first_units[-1]:
-            return None
-        self._next[worker] += len(self.workers)
-        return self._from(number)[: self.unit]
+    def __len__(self) -> int:
+        return self._first_units[-1]
 
-    def rest(self) -> Ranges:
-        """All that nobody has taken. Costs as many steps as workers are units apart."""
-        num_units = self._first_units[-1]
-        lowest, highest = min(self._next.values()), min(max(self._next.values()), num_units)
-        untaken = (n for n in range(lowest, highest) if n >= self._next[self._owner(n)])
-        rest = Ranges(self._from(number)[: self.unit] for number in untaken)
-        if highest < num_units:
-            index = self._range_index(highest)
-            for positions in (self._from(highest), *self._ranges[index + 1 :]):
-                rest.add(positions)
-        return rest
+    def at(self, number: int) -> range | None:
+        """Unit `number`; None: there are not so many."""
+        return self._from(number)[: self.size] if number < len(self) else None
 
-    def _owner(self, number: int) -> int:
-        return self.workers[number % len(self.workers)]
+    def since(self, number: int) -> Iterator[range]:
+        """The unit and all that follows it, as ranges."""
+        if number < len(self):
+            yield self._from(number)
+            yield from self._ranges[self._range_index(number) + 1 :]
 
     def _range_index(self, number: int) -> int:
         return bisect_right(self._first_units, number) - 1
@@ -208,7 +196,36 @@ class _Deal:
     def _from(self, number: int) -> range:
         """A unit and all that follows it in its range."""
         index = self._range_index(number)
-        return self._ranges[index][(number - self._first_units[index]) * self.unit :]
+        return self._ranges[index][(number - self._first_units[index]) * self.size :]
+
+
+class _Deal:
+    """Units dealt to workers."""
+
+    def __init__(self, free: Iterable[range], unit: int, workers: tuple[int, ...]) -> None:
+        self.unit = unit
+        self.workers = workers
+        self._units = Units(free, unit)
+        self._next = {worker: index for index, worker in enumerate(workers)}
+        """Number of the unit that each worker takes next."""
+
+    def take(self, worker: int) -> range | None:
+        """The worker's own next unit; None when it has taken all."""
+        unit = self._units.at(self._next[worker])
+        if unit is not None:
+            self._next[worker] += len(self.workers)
+        return unit
+
+    def rest(self) -> Ranges:
+        """All that nobody has taken. Costs as many steps as workers are units apart."""
+        lowest = min(self._next.values())
+        highest = min(max(self._next.values()), len(self._units))
+        untaken = (n for n in range(lowest, highest) if n >= self._next[self._owner(n)])
+        units = (unit for n in untaken if (unit := self._units.at(n)) is not None)
+        return Ranges([*units, *self._units.since(highest)])
+
+    def _owner(self, number: int) -> int:
+        return self.workers[number % len(self.workers)]
 
 
 class Rounds:

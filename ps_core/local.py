@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-import torch
-
 from ps_core.buckets import Bucket
 from ps_core.exchange import (
     Arrival,
@@ -22,15 +20,9 @@ from ps_core.exchange import (
     Work,
 )
 from ps_core.leases import LeaseBook, PassSpec
-from ps_core.optim_spec import (
-    SCALAR_STATE,
-    Hyperparameters,
-    OptimizerSpec,
-    build,
-    local_hyperparameters,
-    take_step,
-)
+from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import Plan
+from ps_core.updater import Updater
 
 _ALONE = 0
 """The rank of the only worker."""
@@ -49,49 +41,23 @@ class LocalExchange:
         self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: ReadExtras
     ) -> Start:
         """Keep the values as they are: there is nobody else."""
-        self._spec = optimizer
         self._buckets = buckets
-        self._views = {
-            placement.parameter: (bucket, position)
-            for bucket in buckets
-            for position, placement in enumerate(bucket.layout.placements)
-        }
-        groups = [(index, self._group(plan, index)) for index in range(len(optimizer.groups))]
-        self._optimizer = build(optimizer, [group for group in groups if group[1]])
-        self._indices = [index for index, tensors in groups if tensors]
+        self._updater = Updater(plan, buckets, optimizer)
         return Start(step=0, chosen=True)
-
-    def _group(self, plan: Plan, group: int) -> list[torch.Tensor]:
-        members = (index for index, spec in enumerate(plan.parameters) if spec.group == group)
-        return [self._parameter(index) for index in members]
-
-    def _parameter(self, index: int) -> torch.Tensor:
-        bucket, position = self._views[index]
-        return bucket.parameter_views[position]
 
     def begin(self, step: int, work: Work, hyperparameters: Sequence[Hyperparameters]) -> None:
         """Take the step's hyperparameters; without samples nothing will be applied."""
         self._samples = work.samples
         self._leases.consume(_ALONE, step, work.leases)
-        for group, index in zip(self._optimizer.param_groups, self._indices, strict=True):
-            group.update(
-                local_hyperparameters(self._spec.name, hyperparameters[index], group["params"])
-            )
+        self._updater.set_hyperparameters(hyperparameters)
 
     def submit(self, bucket: Bucket, step: int) -> None:
-        """Give torch the bucket's gradients."""
-        for parameter, gradient, present in zip(
-            bucket.parameter_views, bucket.gradient_views, bucket.present, strict=True
-        ):
-            parameter.grad = gradient if present else None
+        """Nothing to hand over."""
 
     def settle(self, step: int) -> Outcome:
         """Apply the update."""
         if self._samples:
-            if self._spec.max_grad_norm is not None:
-                views = [view for bucket in self._buckets for view in bucket.parameter_views]
-                torch.nn.utils.clip_grad_norm_(views, self._spec.max_grad_norm)
-            take_step(self._optimizer)
+            self._updater.step()
         for bucket in self._buckets:
             bucket.accept()
         self._leases.settle(_ALONE)
@@ -130,22 +96,14 @@ class LocalExchange:
         """Back into the book."""
         self._leases.give_back(_ALONE, leases, declined=declined)
 
+    def holds_lease(self, lease: int) -> bool:
+        """Nobody takes it away."""
+        return True
+
     def read_state(self) -> StateByParameter:
         """Copies of torch's state."""
-        return {
-            index: {
-                key: value.clone()
-                for key, value in self._optimizer.state[self._parameter(index)].items()
-                if isinstance(value, torch.Tensor)
-            }
-            for index in self._views
-        }
+        return self._updater.read_state()
 
     def write_state(self, state: StateByParameter) -> None:
         """Replace torch's state with copies."""
-        for index in self._views:
-            parameter = self._parameter(index)
-            self._optimizer.state[parameter] = {
-                key: value.to(value.device if key in SCALAR_STATE else parameter.device, copy=True)
-                for key, value in state.get(index, {}).items()
-            }
+        self._updater.write_state(state)

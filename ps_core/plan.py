@@ -163,6 +163,21 @@ def _assign(buckets: Sequence[BucketLayout], part_bytes: int, num_shards: int) -
     return tuple(parts)
 
 
+def cut(bucket: BucketLayout, count: int) -> Iterator[Part]:
+    """`count` parts of one bucket, each for a shard of its own, of lengths that differ by at most
+    `ALIGNMENT`; fewer if the bucket is that small.
+    """
+    units = bucket.length // ALIGNMENT
+    for shard in range(min(count, units)):
+        start, stop = (
+            ALIGNMENT * (units * edge // min(count, units)) for edge in (shard, shard + 1)
+        )
+        slices = tuple(_slices(bucket, start, stop - start))
+        yield Part(
+            shard, shard, bucket.index, bucket.group, bucket.dtype, start, stop - start, slices
+        )
+
+
 def _slices(bucket: BucketLayout, start: int, length: int) -> Iterator[Slice]:
     for placement in bucket.placements:
         first = max(placement.offset, start)

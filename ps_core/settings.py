@@ -25,6 +25,11 @@ class JobConfig:
     id: str = key("shardline", "Name of the job; another job's workers are refused.", "--job-id")
     seed: int = key(0, "Seed of the random generators.", "--seed", 0, 2**32 - 1)
     run_dir: str = key("", "Folder for logs and results; empty: none.", "--run-dir")
+    strategy: Literal["auto", "parameter-server", "allreduce"] = key(
+        "auto",
+        "Where updates are made: on shards, or on every worker; `auto`: on shards if any.",
+        "--strategy",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,13 @@ class ClusterConfig:
         0, "Workers it may grow to; 0: `cluster.num_workers`.", "--max-workers", 0
     )
     rank: int = key(0, "Rank of this worker, below the highest number of workers.", "--rank", 0)
+    local_rank: int = key(
+        -1, "Which of its machine's devices this worker takes; -1: as its rank says.", low=-1
+    )
+    rendezvous: str = key("", "`host:port` where all-reduce workers meet.")
+    serve_rendezvous: bool = key(False, "The worker of rank 0 keeps the rendezvous itself.")
+    attempt: int = key(0, "How often the whole job was started again before (torchrun).", low=0)
+    elastic: bool = key(True, "`allreduce`: go on without a lost worker, and take in another.")
 
     @property
     def num_ranks(self) -> int:
@@ -104,6 +116,26 @@ class ExchangeConfig:
 
     part_bytes: int = key(2**22, "Bytes of the largest part.", "--part-bytes", 512, 2**23, 512)
     bucket_bytes: int = key(2**25, "Bytes of gradients ready together.", "--bucket-bytes", 256)
+
+
+@dataclass(frozen=True, slots=True)
+class AllReduceConfig:
+    """The strategy without shards: every worker makes every update."""
+
+    backend: Literal["auto", "nccl", "gloo"] = key(
+        "auto", "`auto`: `nccl` if every worker has its own CUDA device, or `gloo`.", "--backend"
+    )
+    shard_optimizer: bool = key(
+        False,
+        "Each worker keeps the optimizer's state of its share of the model only (ZeRO-1).",
+        "--shard-optimizer",
+    )
+    wire_dtype: Literal["same", "bfloat16", "float16"] = key(
+        "same", "Element type in which gradients are added up; `same`: their own.", "--wire-dtype"
+    )
+    timeout_seconds: float = key(
+        120.0, "How long a worker may keep the others waiting.", "--collective-timeout", 0.001
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +208,17 @@ class Config:
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    allreduce: AllReduceConfig = field(default_factory=AllReduceConfig)
     rpc: RpcConfig = field(default_factory=RpcConfig)
     membership: MembershipConfig = field(default_factory=MembershipConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    @property
+    def strategy(self) -> Literal["alone", "parameter-server", "allreduce"]:
+        """Where updates are made."""
+        if self.job.strategy != "auto":
+            return self.job.strategy
+        if self.cluster.shards:
+            return "parameter-server"
+        return "allreduce" if self.cluster.rendezvous else "alone"

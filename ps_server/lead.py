@@ -36,17 +36,17 @@ from typing import Literal
 from ps_core.errors import MismatchError
 from ps_core.exchange import Arrival, Grant, Position, Purpose
 from ps_core.leases import PassSpec
+from ps_core.meeting import check_same, weighted_means
+from ps_core.whereabouts import Whereabouts
 from ps_server.clip import Clip
 from ps_server.crew import Crew, State, Worker
 from ps_server.effects import Remains
 from ps_server.ledger import Event, Ledger, WorkerEvent
-from ps_server.meeting import check_same, weighted_means
 from ps_server.orders import Complete, Effect, Factor, Failed, Membership, Met, Readmitted, Seal
 from ps_server.patience import Patience, awaited
 from ps_server.policy import Consistency
 from ps_server.seals import Seals
 from ps_server.terms import Begin, Cause, Terms
-from ps_server.whereabouts import Whereabouts
 
 
 class Lead:

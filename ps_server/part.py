@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
+from ps_core.part_optimizer import PartOptimizer
 from ps_core.plan import Part
-from ps_server.optimizer import PartOptimizer
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
 

@@ -24,6 +24,7 @@ from ps_core.exchange import (
     Traffic,
     Work,
 )
+from ps_core.heartbeat import Heartbeat
 from ps_core.job import Job
 from ps_core.leases import PassSpec
 from ps_core.memory import keep_freed_memory
@@ -33,7 +34,6 @@ from ps_core.plan import Plan
 from ps_core.settings import Config
 from ps_core.v1 import shard_pb2, tensor_pb2
 from ps_worker.client import ShardClient
-from ps_worker.heartbeat import Heartbeat
 from ps_worker.inbox import Inbox
 from ps_worker.state import cut_state, place_state
 
@@ -233,6 +233,10 @@ class ParameterServerExchange:
         """Tell the lead."""
         lease = shard_pb2.LeaseRequest(returned=leases, declined=declined)
         self._clients[0].request(shard_pb2.ExchangeRequest(lease=lease))
+
+    def holds_lease(self, lease: int) -> bool:
+        """The lead takes leases only from workers that are gone."""
+        return True
 
     # -- Optimizer state ---------------------------------------------------------------------------
 

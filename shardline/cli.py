@@ -24,6 +24,11 @@ from ps_core.errors import ConfigError, ShardlineError
 from ps_core.settings import Config
 
 _RUN_KEYS: Final = (
+    "job.strategy",
+    "allreduce.backend",
+    "allreduce.shard_optimizer",
+    "allreduce.wire_dtype",
+    "allreduce.timeout_seconds",
     "consistency.mode",
     "consistency.backup_workers",
     "consistency.bound",
@@ -74,6 +79,11 @@ how gradients become updates:
   shardline run --mode async --staleness-scaling train.py
   shardline run --mode async --delay-compensation 0.04 train.py
   shardline run --mode local --local-steps 20 train.py    20 steps alone, then an average
+
+without shards:
+  shardline run --strategy allreduce --workers 4 train.py
+  shardline run --strategy allreduce --shard-optimizer train.py    ZeRO-1
+  torchrun --nproc-per-node 4 train.py                             the same, under torchrun
 
 when workers fail:
   shardline run --max-restarts 0 train.py                 the first failure ends the run
@@ -177,10 +187,9 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     parser.add_argument(
         "--shards",
-        type=_count("shards hold the parameters; without any, use `python SCRIPT`"),
-        default=1,
+        type=_count("shards hold the parameters; without any, use --strategy allreduce"),
         metavar="N",
-        help="processes that hold the parameters [1]",
+        help="processes that hold the parameters [1; none with --strategy allreduce]",
     )
     parser.add_argument("--run-dir", dest="job.run_dir", metavar="DIR", help=_RUN_DIR_HELP)
     parser.add_argument("--threads", dest="worker.threads", metavar="N", help=_THREADS_HELP)
@@ -278,12 +287,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
     num_workers, max_workers = arguments.workers
     counts = {"cluster.num_workers": str(num_workers), "cluster.max_workers": str(max_workers)}
+    settings = config.load(config.overrides(arguments) | counts, file=arguments.config)
+    uses_shards = settings.job.strategy != "allreduce"
+    if arguments.shards and not uses_shards:
+        raise ConfigError("strategy allreduce has no shards: leave out --shards")
     return launcher.run(
         Launch(
             script=arguments.script,
             arguments=tuple(arguments.arguments),
-            num_shards=arguments.shards,
-            config=config.load(config.overrides(arguments) | counts, file=arguments.config),
+            num_shards=(arguments.shards or 1) if uses_shards else 0,
+            config=settings,
         ),
         screen_for(sys.stdout),
     )

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from ps_core.config import split_address
 from ps_core.errors import ConfigError, ShardlineError
 from shardline import curves, report, run_directory
 from shardline.display import Screen
 from shardline.ledger import Balance
-from shardline.local_plan import Launch, plan
+from shardline.local_plan import Launch, plan, with_rendezvous
 from shardline.ports import free_ports
 from shardline.processes import Child, ProcessSpec
 from shardline.progress import Progress, Totals
@@ -25,6 +26,9 @@ from shardline.records import Tail
 from shardline.restarts import Restarts
 from shardline.run_directory import Outcome, RunDirectory, Running
 from shardline.supervision import REAP_SECONDS, Order, ProcessId, Start, Supervisor
+
+if TYPE_CHECKING:
+    from allreduce.rendezvous import Keeper
 
 _POLL_SECONDS: Final = 0.05
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -40,7 +44,10 @@ def run(launch: Launch, screen: Screen) -> int:
     if not launch.script.is_file():
         raise ConfigError(f"there is no script {launch.script}")
     directory = run_directory.create(launch.config.job.run_dir, launch.script, time.time())
-    ports = free_ports(2 * launch.num_shards + launch.num_workers)
+    ports = free_ports(2 * launch.num_shards + launch.num_workers + 1)
+    rendezvous_port = ports.pop()
+    if launch.strategy == "allreduce":
+        launch = with_rendezvous(launch, rendezvous_port)
     job_id = f"{launch.job_name}-{secrets.token_hex(3)}"
     specs = plan(launch, job_id, directory.path, ports, _num_cpus())
     screen.note(report.opening(launch, job_id, directory))
@@ -90,6 +97,7 @@ class _Run:
         self._children: dict[ProcessId, Child] = {}  # the newest of each
         self._num_starts: Counter[ProcessId] = Counter()
         self._signals: list[signal.Signals] = []
+        self._keeper: Keeper | None = None
         self._tail = Tail(directory.metrics)
         self._progress = Progress(launch.num_workers, launch.num_ranks)
         self._started, self._started_at = time.monotonic(), time.time()
@@ -104,11 +112,20 @@ class _Run:
             try:
                 for spec in self._specs:
                     self._start(spec)
+                self._keep_rendezvous()
                 self._write_cluster()
                 self._watch()
             finally:
                 self._clean_up()
             return self._tell(time.monotonic() - self._started)
+
+    def _keep_rendezvous(self) -> None:
+        """After the workers were started, which import torch meanwhile, too."""
+        address = self._launch.config.cluster.rendezvous
+        if address:
+            from allreduce.rendezvous import Keeper  # most runs need no torch here
+
+            self._keeper = Keeper(*split_address(address))
 
     def _start(self, spec: ProcessSpec) -> None:
         child = self._children[spec.id] = Child(spec, self._directory.open_log(spec))
@@ -149,6 +166,8 @@ class _Run:
         self._progress.add(self._tail.read())
         self._supervisor.finished = self._progress.finished
         for process, code in ended:
+            if self._keeper is not None:
+                self._keeper.ended(process.index, self._children[process].pid)
             self._supervisor.exited(process, code, now)
 
     def _newly_ended(self) -> list[tuple[ProcessId, int]]:

@@ -43,6 +43,10 @@ class Requests:
         self._open.append(stream)
         self.latest = stream
 
+    def holds(self, lease: Lease) -> bool:
+        """Whether it may still be trained on."""
+        return self._leases().holds_lease(lease.id)
+
     def receive(self) -> None:
         """Give the next answer to the loader that asked. Blocks for a round trip."""
         grant = self._leases().receive_lease()
@@ -225,8 +229,10 @@ class Loader:
                 batch = next(batches)
             except StopIteration:
                 return
-            place.steps.yielded(drawn.popleft(), time.perf_counter() - started)
-            yield batch
+            lease = drawn.popleft()
+            if place.requests.holds(lease):
+                place.steps.yielded(lease, time.perf_counter() - started)
+                yield batch
 
     def _indices(self, lease: Lease) -> list[int]:
         """The samples at a lease's positions."""

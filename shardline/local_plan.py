@@ -31,6 +31,11 @@ class Launch:
         return (str(self.script), *self.arguments)
 
     @property
+    def strategy(self) -> str:
+        """Where updates are made."""
+        return "allreduce" if self.config.strategy == "allreduce" else "parameter-server"
+
+    @property
     def num_workers(self) -> int:
         """How many workers are started."""
         return self.config.cluster.num_workers
@@ -45,6 +50,12 @@ class Launch:
         """The name in the configuration, or else the script's."""
         given = self.config.job.id
         return self.script.stem if given == JobConfig().id else given
+
+
+def with_rendezvous(launch: Launch, port: int) -> Launch:
+    """The same, with the place on this machine where workers meet."""
+    cluster = replace(launch.config.cluster, rendezvous=f"{_HOST}:{port}", serve_rendezvous=False)
+    return replace(launch, config=replace(launch.config, cluster=cluster))
 
 
 def plan(

@@ -19,6 +19,8 @@ _HINTS: Final = {0: " before the workers", -SIGKILL: " (is the machine out of me
 def opening(launch: Launch, job_id: str, directory: RunDirectory) -> str:
     """What is about to run."""
     workers, shards = counted(launch.num_workers, "worker"), counted(launch.num_shards, "shard")
+    if launch.strategy == "allreduce":
+        shards = "all-reduce"
     if launch.num_ranks > launch.num_workers:
         workers += f" (up to {launch.num_ranks})"
     return f"{job_id}: {workers}, {shards}; logs and results in {short(directory.path)}"
@@ -26,7 +28,7 @@ def opening(launch: Launch, job_id: str, directory: RunDirectory) -> str:
 
 def invitation(launch: Launch, lead: str) -> str:
     """How others can join, if there is room for them; `lead` is the address of shard 0."""
-    if launch.num_ranks == launch.num_workers:
+    if launch.num_ranks == launch.num_workers or not launch.num_shards:
         return ""
     command = shlex.join(["shardline", "worker", "--join", lead, *launch.command])
     return f"to add a worker: {command}"

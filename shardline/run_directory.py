@@ -158,7 +158,7 @@ def summary(
 ) -> dict[str, object]:
     """The document `summary.json`: what the run did."""
     return {
-        "strategy": "parameter-server",
+        "strategy": launch.strategy,
         "mode": launch.config.consistency.mode,
         "shards": launch.num_shards,
         "workers": launch.num_workers,

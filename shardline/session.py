@@ -6,7 +6,7 @@ import contextlib
 import random
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,32 +18,23 @@ from torch.utils.data import Dataset
 from ps_core.buckets import Bucket, make_buckets
 from ps_core.checkpoint import write_model
 from ps_core.config import check_addresses, load
-from ps_core.errors import (
-    ConfigError,
-    DataLossError,
-    MismatchError,
-    NonFiniteError,
-    Preempted,
-    ShardlineError,
-    UsageError,
-)
-from ps_core.exchange import DataLeases, Farewell, Purpose, Start
-from ps_core.local import LocalExchange
-from ps_core.local_steps import LocalStepsOptimizer, outer_spec
+from ps_core.errors import ConfigError, ShardlineError, UsageError
+from ps_core.exchange import DataLeases, Purpose, Start
+from ps_core.local_steps import LocalStepsOptimizer
 from ps_core.metrics import Endpoint, WorkerMetrics, start_endpoint
-from ps_core.optim_spec import OptimizerSpec, check_consistency, check_norm, describe
+from ps_core.optim_spec import OptimizerSpec
 from ps_core.optimizer import ExchangeOptimizer, JobExchange
-from ps_core.plan import ParameterSpec, Plan, make_plan
-from ps_core.settings import Config, ConsistencyConfig
-from ps_core.tensors import TRAINABLE
-from ps_worker.exchange import ParameterServerExchange
+from ps_core.plan import Plan, make_plan
+from ps_core.settings import Config
 from shardline.attendance import Attendance
+from shardline.description import choose_device, extras, farewell, job_spec, reason, trained
 from shardline.journal import Journal
 from shardline.loader import LOADERS_PER_LOOP, Loader, Place, Requests, read_spec
 from shardline.preemption import Preemption
 from shardline.records import Scalar
 from shardline.schedules import S, Schedules
 from shardline.steps import Steps
+from shardline.strategies import check_strategy, make_exchange
 
 
 def _say(text: str) -> None:
@@ -61,11 +52,7 @@ def connect(config: Path | str | None = None) -> Session:
     with _exit_on_error():
         settings = load(file=Path(config) if config else None)
         check_addresses(settings)
-        if settings.cluster.num_workers > 1 and not settings.cluster.shards:
-            raise ConfigError(
-                f"{settings.cluster.num_workers} workers and no shards: name the shards in "
-                "cluster.shards, or start the script with `shardline run`"
-            )
+        check_strategy(settings)
         return Session(settings)
 
 
@@ -95,7 +82,7 @@ class Session:
         self.rank = config.cluster.rank
         self.world_size = config.cluster.num_workers
         self.seed = config.job.seed
-        self.device = _device(config.worker.device, config.cluster.rank)
+        self.device = choose_device(config.worker.device, config.cluster)
         if config.worker.threads:
             torch.set_num_threads(config.worker.threads)
         torch.manual_seed(self.seed + self.rank)
@@ -105,15 +92,14 @@ class Session:
             _say(f"metrics at {self._endpoint.url}")
         metrics = WorkerMetrics(self.rank, len(config.cluster.shards))
         self._preemption = Preemption(config.worker.grace_seconds)
-        self.exchange: JobExchange = LocalExchange()
-        if config.cluster.shards:
-            shared = ParameterServerExchange(config, metrics)
-            shared.leave_when(self._preemption.is_requested)
-            self.exchange = shared
+        self._is_alone = config.strategy == "alone"
+        self.exchange: JobExchange = make_exchange(
+            config, self.device, metrics, self._preemption.is_requested
+        )
         self._run_dir = Path(config.job.run_dir) if config.job.run_dir else None
         self._journal = self._open_journal()
         self._attendance = Attendance()
-        if not config.cluster.shards:
+        if self._is_alone:
             self._attendance.bind(self.exchange)
         self._schedules = Schedules()
         self._steps = Steps(
@@ -155,17 +141,15 @@ class Session:
         """
         if self._model is not None:
             raise UsageError("session.optimizer was called twice: a session trains one model")
-        spec = _job_spec(optimizer, max_grad_norm, self.config.consistency)
-        parameters, specs = _trained(optimizer, model)
+        spec = job_spec(optimizer, max_grad_norm, self.config.consistency)
+        parameters, specs = trained(optimizer, model)
         exchange = self.config.exchange
         num_shards = max(1, len(self.config.cluster.shards))
         plan = make_plan(specs, num_shards, exchange.part_bytes, exchange.bucket_bytes)
         buckets = make_buckets(plan, parameters)
-        trained = {id(parameter) for parameter in parameters}
+        theirs = {id(parameter) for parameter in parameters}
         self._model = model
-        start = self._start = self.exchange.join(
-            plan, buckets, spec, lambda: _extras(model, trained)
-        )
+        start = self._start = self.exchange.join(plan, buckets, spec, lambda: extras(model, theirs))
         for bucket in buckets:
             bucket.accept()
         self._steps.watch(parameters, self.exchange)
@@ -260,7 +244,7 @@ class Session:
         return Loader(dataset, spec, place, shuffle=shuffle, options=options)
 
     def _leases(self) -> DataLeases:
-        if self.config.cluster.shards and self._model is None:
+        if not self._is_alone and self._model is None:
             raise UsageError(
                 "a loader needs the other workers: call session.optimizer(...) before the loop"
             )
@@ -286,7 +270,7 @@ class Session:
     # -- The block ---------------------------------------------------------------------------------
 
     def __enter__(self) -> Session:
-        if self.config.cluster.shards:
+        if not self._is_alone:
             self._preemption.listen()
         return self
 
@@ -301,9 +285,9 @@ class Session:
                 if error is None or (isinstance(error, SystemExit) and not error.code):
                     self._finish()
                 else:
-                    self.exchange.close(_farewell(error), _reason(error))
+                    self.exchange.close(farewell(error), reason(error))
             except BaseException as failure:
-                self.exchange.close(_farewell(failure), _reason(failure))
+                self.exchange.close(farewell(failure), reason(failure))
                 raise
             finally:
                 self._preemption.close()
@@ -322,79 +306,3 @@ class Session:
                 write_model(self._model, self._run_dir / "model.safetensors")
         self._journal.end(self._steps.num_steps, self._reported)
         self.exchange.close()
-
-
-def _device(name: str, rank: int) -> torch.device:
-    """`auto`: workers of one machine take its GPUs in turn."""
-    if name != "auto":
-        return torch.device(name)
-    count = torch.cuda.device_count()
-    return torch.device("cuda", rank % count) if count else torch.device("cpu")
-
-
-def _job_spec(
-    optimizer: torch.optim.Optimizer, max_grad_norm: float | None, consistency: ConsistencyConfig
-) -> OptimizerSpec:
-    """The optimizer that the shards run. They clip the mean; where an update is made of one
-    worker's gradient, or of its local steps, that worker clips for itself.
-    """
-    check_norm(max_grad_norm)
-    if consistency.mode == "local":
-        return outer_spec(consistency, len(optimizer.param_groups))
-    spec = describe(optimizer, max_grad_norm if consistency.mode == "sync" else None)
-    check_consistency(spec, consistency)
-    return spec
-
-
-def _farewell(error: BaseException) -> Farewell:
-    """What an error means for the others: whether another process in this one's place would fail
-    as well.
-    """
-    if isinstance(error, Preempted):
-        return Farewell.PREEMPTED
-    hopeless = isinstance(error, UsageError | NonFiniteError | MismatchError | DataLossError)
-    return Farewell.FATAL if hopeless else Farewell.FAILED
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _trained(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module
-) -> tuple[list[torch.nn.Parameter], list[ParameterSpec]]:
-    """The parameters that the shards will hold, in the optimizer's order, and what they are."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    parameters, specs = [], []
-    for group, entries in enumerate(optimizer.param_groups):
-        for parameter in entries["params"]:
-            if not parameter.requires_grad:
-                continue
-            specs.append(_spec(parameter, names.get(id(parameter)), group))
-            parameters.append(parameter)
-    if not parameters:
-        raise UsageError(
-            "the optimizer has no parameter that requires a gradient: there is nothing to train"
-        )
-    return parameters, specs
-
-
-def _spec(parameter: torch.nn.Parameter, name: str | None, group: int) -> ParameterSpec:
-    if name is None:
-        raise UsageError(
-            f"the optimizer has a parameter of shape {list(parameter.shape)} that the model does "
-            "not own: give session.optimizer the module that holds all of them"
-        )
-    if parameter.dtype not in TRAINABLE or not parameter.numel():
-        raise UsageError(
-            f"parameter {name} is {parameter.dtype} with {parameter.numel()} elements: shards "
-            "hold non-empty float64, float32, bfloat16 and float16 parameters"
-        )
-    return ParameterSpec(name, parameter.dtype, tuple(parameter.shape), group)
-
-
-def _extras(model: torch.nn.Module, trained: set[int]) -> Mapping[str, torch.Tensor]:
-    """Buffers and untrained parameters, which every worker has but no shard updates."""
-    extras = dict(model.named_buffers())
-    extras |= {name: p for name, p in model.named_parameters() if id(p) not in trained}
-    return extras

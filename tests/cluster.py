@@ -30,6 +30,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file
 
+from allreduce.rendezvous import Keeper
 from ps_core.config import inherited_environment
 from shardline.ports import free_ports
 from tests.host import STACKS_SIGNAL, Case, Message, Result, run_case
@@ -213,6 +214,8 @@ def _hosts() -> _Hosts:
 class Cluster:
     """`num_shards` shards and `num_workers` workers, unless a job says otherwise.
 
+    With 0 shards the workers are those of strategy allreduce.
+
     All clusters use the same processes, one job at a time. A job that goes wrong ends them, and the
     next one starts new ones.
     """
@@ -307,14 +310,20 @@ class Cluster:
         arguments: Mapping[str, Any],
     ) -> dict[str, Message]:
         """The last answer of every process of the job: shards first, then workers, in order."""
-        shards = _names("shard", num_shards or self._num_shards)
+        shards = _names("shard", self._num_shards if num_shards is None else num_shards)
         workers = _names("worker", num_workers or self._num_workers)
         self._hosts.start([*shards, *workers])
         numbers = {
             "SHARDLINE_CLUSTER_NUM_WORKERS": str(len(workers) - num_joiners),
             "SHARDLINE_CLUSTER_MAX_WORKERS": str(len(workers)),
         }
-        common = self._serve(shards, workers, {**numbers, **environ})
+        environ = {**numbers, **environ}
+        if shards:
+            common = self._serve(shards, workers, environ)
+        else:
+            keeper = Keeper("127.0.0.1", 0)
+            address = {"SHARDLINE_CLUSTER_RENDEZVOUS": f"127.0.0.1:{keeper.port}"}
+            common = {**DEFAULTS, "SHARDLINE_JOB_ID": self._hosts.next_job(), **address, **environ}
         for rank, name in enumerate(workers):
             command = {
                 "role": "worker",

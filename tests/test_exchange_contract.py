@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,17 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.fixture(params=["local", "1 shard, 1 worker", "3 shards, 1 worker", "2 shards, 2 workers"])
+@pytest.fixture(
+    params=[
+        "local",
+        "1 shard, 1 worker",
+        "3 shards, 1 worker",
+        "2 shards, 2 workers",
+        "0 shards, 1 worker",
+        "0 shards, 2 workers",
+        "0 shards, 2 workers, ZeRO-1",
+    ]
+)
 def run(cluster: Cluster, request: pytest.FixtureRequest) -> Run:
     """Runs a case over one exchange; every worker's result."""
     environ = {**JOB_SEED, **BUCKETS}
@@ -51,12 +62,13 @@ def run(cluster: Cluster, request: pytest.FixtureRequest) -> Run:
         return [run_alone(case, environ=environ, **arguments)]
 
     def run_on_shards(case: Case, **arguments: Any) -> list[Result]:  # noqa: ANN401 - JSON
-        num_shards, _, _, num_workers, _ = request.param.replace(",", " ,").split()
+        num_shards, num_workers = map(int, re.findall(r"(\d) [sw]", request.param))
+        is_sharded = {"SHARDLINE_ALLREDUCE_SHARD_OPTIMIZER": str("ZeRO" in request.param).lower()}
         return cluster.run(
             case,
-            num_shards=int(num_shards),
-            num_workers=int(num_workers),
-            environ=environ,
+            num_shards=num_shards,
+            num_workers=num_workers,
+            environ={**environ, **is_sharded},
             **arguments,
         )
 

@@ -140,7 +140,7 @@ def test_flags_win_over_the_configuration_file(launches: list[Launch], tmp_path:
         (["run", "--workers", "1:2:3", "x.py"], "2:3 is not a count of at least 1"),
         (["run", "--workers", "4:2", "x.py"], "4:2 starts more workers than it allows"),
         (["worker", "--join", "127.0.0.1:7000"], "required: SCRIPT"),
-        (["run", "--shards", "0", "x.py"], "without any, use `python SCRIPT`"),
+        (["run", "--shards", "0", "x.py"], "without any, use --strategy allreduce"),
         (["run", "--work", "2", "x.py"], "--work"),
         (["status", "--json", "--watch"], "not allowed with argument --json"),
     ],

@@ -117,6 +117,9 @@ class Seat:
     def receive_lease(self) -> Grant:
         return self._granted.popleft()
 
+    def holds_lease(self, lease: int) -> bool:
+        return True
+
     def return_leases(self, leases: Sequence[int], *, declined: bool = False) -> None:
         with self._lead.changed:
             self._lead.book.give_back(self._rank, leases, declined=declined)

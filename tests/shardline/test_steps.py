@@ -35,6 +35,9 @@ class Returned:
     def receive_lease(self) -> Grant:
         raise AssertionError
 
+    def holds_lease(self, lease: int) -> bool:
+        return True
+
     def return_leases(self, leases: Sequence[int], *, declined: bool = False) -> None:
         self.heard.append((list(leases), declined))
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ps_core.exchange import Arrival, Position, Purpose
 from ps_core.point import Point
-from ps_server.whereabouts import Whereabouts
+from ps_core.whereabouts import Whereabouts
 
 
 def mean(point: Point) -> Arrival:

@@ -7,8 +7,8 @@ import torch
 
 from ps_core.errors import MismatchError, ProtocolError
 from ps_core.optim_spec import OPTIMIZERS, Hyperparameters, HyperparameterValue, OptimizerSpec
+from ps_core.part_optimizer import PartOptimizer
 from ps_core.plan import ParameterSpec, Part, make_plan
-from ps_server.optimizer import PartOptimizer
 
 FUSED = {"SGD", "Adam", "AdamW", "Adagrad"}
 HALF = {torch.bfloat16, torch.float16}

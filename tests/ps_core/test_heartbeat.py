@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from ps_worker.heartbeat import Heartbeat
+from ps_core.heartbeat import Heartbeat
 
 PATIENCE_SECONDS = 60.0
 

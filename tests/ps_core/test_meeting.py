@@ -4,7 +4,7 @@ import pytest
 
 from ps_core.errors import UsageError
 from ps_core.exchange import Arrival, Purpose
-from ps_server.meeting import check_same, weighted_means
+from ps_core.meeting import check_same, weighted_means
 
 
 def mean(*values: float, weight: float = 1.0) -> Arrival:

@@ -23,7 +23,7 @@ class Whereabouts:
 
     def __init__(self) -> None:
         self.position = Position(BEGINNING)
-        self._meetings: dict[Point, tuple[float, ...]] = {}
+        self.meetings: dict[Point, tuple[float, ...]] = {}
         """What the meetings that the script calls for have come to."""
 
     def begun(self, position: Position) -> None:
@@ -42,17 +42,17 @@ class Whereabouts:
         if body > before:
             self.position = replace(self.position, point=body)
             # Who has just joined may still run the body before, but no earlier one.
-            self._meetings = {p: m for p, m in self._meetings.items() if not p.loop or p > before}
+            self.meetings = {p: m for p, m in self.meetings.items() if not p.loop or p > before}
 
     def met(self, arrivals: Iterable[Arrival], means: tuple[float, ...]) -> None:
         """A meeting is over."""
         for arrival in arrivals:
             is_named = arrival.purpose in _REPEATABLE and arrival.point.count
-            if is_named and len(self._meetings) < _MAX_MEETINGS:
-                self._meetings[arrival.point] = means
+            if is_named and len(self.meetings) < _MAX_MEETINGS:
+                self.meetings[arrival.point] = means
 
     def past(self, arrival: Arrival) -> tuple[float, ...] | None:
         """What a meeting came to that was over when this worker came to it; None: it was not."""
         if arrival.purpose not in _REPEATABLE:
             return None
-        return self._meetings.get(arrival.point)
+        return self.meetings.get(arrival.point)

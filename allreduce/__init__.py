@@ -1,0 +1,1 @@
+"""The strategy without shards: torch.distributed adds gradients up, every worker updates."""

@@ -1,0 +1,262 @@
+"""The workers of a job as one of them sees them: who they are, and what they all hold.
+
+When the group is formed, first or anew, everybody says how many rounds it has completed. Whoever
+has completed the most hands over all it holds: parameters, the optimizer's state, buffers, and what
+is agreed on besides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from allreduce import record as records
+from allreduce import state
+from allreduce.group import Gathering, Group, PeerLostError, Wiring
+from allreduce.passes import Passes
+from allreduce.record import Record
+from allreduce.rendezvous import Rendezvous
+from allreduce.sharing import share_bytes, share_tensors
+from allreduce.state import Agreed
+from allreduce.whole import Replica
+from ps_core.buckets import Bucket
+from ps_core.errors import DataLossError, JobFailedError, MismatchError
+from ps_core.exchange import ReadExtras, StateByParameter
+from ps_core.settings import Config
+
+_GUEST_SECONDS = 0.25
+"""Between two looks for somebody who waits to be let in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one worker holds besides what is agreed on."""
+
+    replica: Replica
+    buckets: Sequence[Bucket]
+    extras: ReadExtras
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a worker says when the group has formed."""
+
+    is_new: bool
+    """It has taken part in nothing yet."""
+    round: int
+    """How many it has completed."""
+    pending: Record | None
+    """The next one, if it is in the middle of it."""
+
+    def encode(self) -> list[float]:
+        record = [] if self.pending is None else records.encode(self.pending)
+        return [float(3 + len(record)), float(self.is_new), float(self.round), *record]
+
+    @classmethod
+    def decode(cls, row: Sequence[float]) -> _Answer:
+        pending = records.decode(row[3:]) if row[0] > 3 else None
+        return cls(bool(row[1]), int(row[2]), pending)
+
+
+class Crew:
+    """This worker among the members."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        """Connects to the rendezvous. Raises JobFailedError."""
+        self._config = config
+        self.rendezvous = Rendezvous(config, _device_name(device))
+        self.agreed = Agreed(Passes(config.cluster.rank))
+        self._group: Group | None = None
+        self._is_new = True
+        self._kept_state: StateByParameter | None = None
+        self._looked_at = 0.0
+        self.has_received = False
+        """When the group was formed last, this worker took over what others held."""
+        self.written_state: StateByParameter | None = None
+        """What this worker's script has loaded, until all take it over."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of the members, ascending."""
+        return self.rendezvous.ranks
+
+    @property
+    def is_first(self) -> bool:
+        """This worker has the lowest rank of all members."""
+        return self._config.cluster.rank == self.ranks[0]
+
+    def gather(self, record: Record) -> Gathering:
+        """Tell all members, and hear from all. Does not block."""
+        assert self._group is not None
+        return self._group.gather(records.encode(record))
+
+    def share_state(self, rank: int) -> None:
+        """Everybody takes over the optimizer's state of one member. Raises PeerLostError."""
+        assert self._group is not None
+        replica, source = self._held.replica, self.ranks.index(rank)
+        own = self.written_state or {}
+        replica.write_state(_by_parameter(share_tensors(self._group, source, _by_name(own))))
+        self.written_state = None
+
+    def share_numbers(self, rank: int, numbers: Sequence[float]) -> list[float]:
+        """The numbers of one member, as many as of all others. Raises PeerLostError."""
+        assert self._group is not None
+        row = torch.tensor(numbers, dtype=torch.float64)
+        self._group.broadcast(row, self.ranks.index(rank)).wait()
+        shared: list[float] = row.tolist()
+        return shared
+
+    # -- Forming -----------------------------------------------------------------------------------
+
+    def enter(self, held: Held) -> None:
+        """Become a member, and take over what the others hold. Raises what Rendezvous.meet does."""
+        self._held = held
+        self._form((), None)
+
+    def keep_state(self) -> None:
+        """The members will change: everybody keeps the whole state of a sharded optimizer."""
+        if self._config.allreduce.shard_optimizer:
+            with contextlib.suppress(PeerLostError):  # `form_again` will say what that means
+                self._kept_state = self._held.replica.gather_state()
+
+    def form_again(self, pending: Record | None, leavers: Sequence[int] = ()) -> bool:
+        """The members have changed. True: others have completed the `pending` round, and this
+        worker has taken over what it led to.
+        """
+        if not self._config.cluster.elastic:
+            raise JobFailedError("a worker is gone; the job goes on when all are started again")
+        if self._config.allreduce.shard_optimizer and self._kept_state is None:
+            raise DataLossError(
+                "a worker is gone, and with it its share of the optimizer's state "
+                "(--shard-optimizer): start the job again, from a checkpoint if the script "
+                "writes any"
+            )
+        return self._form(leavers, pending)
+
+    def _form(self, leavers: Sequence[int], pending: Record | None) -> bool:
+        while True:
+            self.drop()
+            self.rendezvous.meet(leavers)
+            try:
+                self._group = self._connect()
+                return self._settle_in(self._group, pending)
+            except PeerLostError:
+                leavers = ()
+
+    def _connect(self) -> Group:
+        config, meeting = self._config, self.rendezvous
+        devices = [each.device for each in meeting.members]
+        own_devices = all(name.startswith("cuda") for name in devices)
+        may_use_nccl = own_devices and len(set(devices)) == len(devices)
+        backend = config.allreduce.backend
+        return Group(
+            Wiring(
+                meeting.group_store(),
+                self.ranks.index(config.cluster.rank),
+                len(self.ranks),
+                meeting.own_host,
+                uses_nccl=may_use_nccl if backend == "auto" else backend == "nccl",
+                timeout_seconds=config.allreduce.timeout_seconds,
+            )
+        )
+
+    def _settle_in(self, group: Group, pending: Record | None) -> bool:
+        agreed, replica = self.agreed, self._held.replica
+        own = _Answer(self._is_new, agreed.round, pending)
+        answers = [_Answer.decode(row) for row in group.gather(own.encode()).wait()]
+        source = max(range(group.size), key=lambda i: (not answers[i].is_new, answers[i].round, -i))
+        newest = answers[source]
+        kept = self._kept_state or {}
+        if source == group.index and not (newest.is_new or self._config.allreduce.shard_optimizer):
+            kept = replica.gather_state()
+        replica.connect(group)
+        is_behind = group.index != source and (own.is_new or own.round < newest.round)
+        if any((each.is_new, each.round) != (newest.is_new, newest.round) for each in answers) or (
+            newest.is_new or self._kept_state is not None
+        ):
+            self._hand_over(group, source, kept, is_behind=is_behind)
+        self._kept_state = None
+        reserved = [
+            reading
+            for each in answers
+            if each.pending is not None and each.round == newest.round
+            for reading in each.pending.readings
+        ]
+        agreed.passes.set_members(self.ranks, reserved)
+        self.has_received, self._is_new = is_behind, False
+        return not own.is_new and own.round < newest.round
+
+    def _hand_over(
+        self, group: Group, source: int, kept: StateByParameter, *, is_behind: bool
+    ) -> None:
+        held = self._held
+        data = share_bytes(group, source, state.encode(self.agreed))
+        if is_behind:
+            state.adopt(self.agreed, data)
+        for bucket in held.buckets:
+            bucket.host_parameters.copy_(bucket.parameters)
+            group.broadcast(bucket.host_parameters, source).wait()
+            bucket.upload()
+        shared = share_tensors(group, source, _by_name(kept))
+        if shared and (is_behind or self._kept_state is not None):
+            held.replica.write_state(_by_parameter(shared))
+        own = held.extras()
+        extras = share_tensors(group, source, own)
+        if is_behind:
+            _copy_extras(own, extras)
+
+    # -- Around it ---------------------------------------------------------------------------------
+
+    def sees_guest(self) -> bool:
+        """Whether somebody waits to be let in; only the first member looks, now and then."""
+        now = time.monotonic()
+        if not (self._config.cluster.elastic and self.is_first):
+            return False
+        if now - self._looked_at < _GUEST_SECONDS:
+            return False
+        self._looked_at = now
+        return self.rendezvous.has_guest()
+
+    def drop(self) -> None:
+        """Leave the group, which the others notice at once. Idempotent."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+
+def _by_name(by_parameter: StateByParameter) -> dict[str, torch.Tensor]:
+    return {
+        f"{index}/{key}": tensor
+        for index, entries in by_parameter.items()
+        for key, tensor in entries.items()
+    }
+
+
+def _by_parameter(by_name: Mapping[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+    by_parameter: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in by_name.items():
+        index, _, key = name.partition("/")
+        by_parameter.setdefault(int(index), {})[key] = tensor
+    return by_parameter
+
+
+@torch.no_grad()
+def _copy_extras(own: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    if own.keys() != theirs.keys():
+        raise MismatchError(
+            f"this worker's model and the others' differ in {sorted(own.keys() ^ theirs.keys())}: "
+            "build the same model on every worker"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(theirs[name])
+
+
+def _device_name(device: torch.device) -> str:
+    """The same for two workers that share a device."""
+    if device.type != "cuda":
+        return device.type
+    return f"cuda {torch.cuda.get_device_properties(device).uuid}"

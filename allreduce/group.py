@@ -1,0 +1,227 @@
+"""A process group of fixed members: what they gather, add up and broadcast.
+
+The groups are objects of torch.distributed that are not registered with it: a script's own process
+groups are left alone, and a group that has lost a member is dropped as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol, cast
+
+import torch
+from torch.distributed import (  # type: ignore[attr-defined]  # it exports them without a list
+    PrefixStore,
+    ProcessGroupGloo,
+    Store,
+    Work,
+)
+
+from ps_core.errors import ShardlineError
+
+_ROW = 64
+"""Numbers of a row that fit into the first gather; longer ones take a second."""
+_POLL_SECONDS = 0.0005
+
+
+class _Backend(Protocol):
+    """What torch's process groups have in common and is used here."""
+
+    def allreduce(self, tensors: list[torch.Tensor], /) -> Work: ...
+    def reduce(self, tensor: torch.Tensor, root: int, /) -> Work: ...
+    def broadcast(self, tensor: torch.Tensor, root: int, /) -> Work: ...
+    def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, /) -> Work: ...
+    def abort(self) -> None: ...
+
+
+class PeerLostError(ShardlineError):
+    """A member is gone, or has kept the others waiting for too long: the group is broken."""
+
+
+@contextlib.contextmanager
+def _noticing(doing: str) -> Iterator[None]:
+    """torch says RuntimeError whenever a peer or the store is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = str(error).partition("\n")[0]
+        raise PeerLostError(f"while {doing}: {first_line}") from error
+
+
+class Pending:
+    """A collective in progress, on tensors that belong to it until `wait` returns."""
+
+    def __init__(self, work: Work | None, doing: str, timeout_seconds: float) -> None:
+        """Without `work` it is done."""
+        self._work = work
+        self._doing = doing
+        self._timeout_seconds = timeout_seconds
+
+    def is_done(self) -> bool:
+        """Whether `wait` would not block. Raises PeerLostError."""
+        if self._work is None:
+            return True
+        with _noticing(self._doing):
+            return self._work.is_completed()
+
+    def wait(self) -> None:
+        """Block until the result is there. Raises PeerLostError."""
+        if self._work is None:
+            return
+        with _noticing(self._doing):
+            deadline = time.monotonic() + self._timeout_seconds
+            # Gloo's wait has the group's timeout. NCCL's only makes the device's stream wait.
+            while _is_on_device(self._work) and not self._work.is_completed():
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"no answer for {self._timeout_seconds:g} s")
+                time.sleep(_POLL_SECONDS)
+            self._work.wait()
+        self._work = None
+
+
+def _is_on_device(work: Work) -> bool:
+    return type(work).__name__ == "WorkNCCL"
+
+
+class Gathering:
+    """Rows of numbers on their way to everybody."""
+
+    def __init__(self, group: Group, numbers: Sequence[float]) -> None:
+        self._group = group
+        self._numbers = numbers
+        self._rows, self._pending = group.start_gather(numbers[:_ROW], _ROW)
+
+    def is_done(self) -> bool:
+        """Whether `wait` would not block, or not for long. Raises PeerLostError."""
+        return self._pending.is_done()
+
+    def wait(self) -> list[list[float]]:
+        """Every member's numbers, by index. Raises PeerLostError."""
+        self._pending.wait()
+        longest = int(self._rows[:, 0].max())
+        if longest > _ROW:
+            self._rows, self._pending = self._group.start_gather(self._numbers, longest)
+            self._pending.wait()
+        rows: list[list[float]] = self._rows.tolist()
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What a group is made of."""
+
+    store: Store
+    """Of this group alone."""
+    index: int
+    """This member's."""
+    size: int
+    host: str
+    """The address of this machine that the others reach."""
+    uses_nccl: bool
+    timeout_seconds: float
+
+
+class Group:
+    """Calls must be made by all members in the same order."""
+
+    def __init__(self, wiring: Wiring) -> None:
+        """Connects to the other members. Raises PeerLostError."""
+        self.index, self.size = wiring.index, wiring.size
+        self._timeout_seconds = wiring.timeout_seconds
+        self._control = self._data = None
+        if wiring.size > 1:
+            with _noticing("connecting to the other workers"):
+                self._control = _gloo(wiring)
+                self._data = _nccl(wiring) if wiring.uses_nccl else self._control
+        self.is_on_device = wiring.uses_nccl
+
+    def start_gather(self, numbers: Sequence[float], length: int) -> tuple[torch.Tensor, Pending]:
+        """Everybody's numbers as rows of `length`, padded with zeros, once the second is waited
+        for.
+        """
+        own = torch.zeros(length, dtype=torch.float64)
+        own[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
+        control = self._control
+        if control is None:
+            return own[None], Pending(None, "", 0)
+        rows = torch.zeros(self.size, length, dtype=torch.float64)
+        work = self._start(
+            lambda: control._allgather_base(rows.view(-1), own),
+            "waiting for the other workers",
+        )
+        return rows, work
+
+    def gather(self, numbers: Sequence[float]) -> Gathering:
+        """Send numbers to everybody; the first says how many. Does not block."""
+        return Gathering(self, numbers)
+
+    def add_up(self, tensor: torch.Tensor) -> Pending:
+        """Make `tensor` the sum of everybody's. Does not block."""
+        if self._data is None:
+            return Pending(None, "", 0)
+        group = self._side(tensor)
+        return self._start(lambda: group.allreduce([tensor]), "adding up gradients")
+
+    def add_up_on(self, tensor: torch.Tensor, index: int) -> Pending:
+        """Make `tensor` of one member the sum of everybody's; it is undefined on the others."""
+        if self._data is None:
+            return Pending(None, "", 0)
+        group = self._side(tensor)
+        return self._start(lambda: group.reduce(tensor, index), "adding up gradients")
+
+    def broadcast(self, tensor: torch.Tensor, index: int) -> Pending:
+        """Make `tensor` that of one member."""
+        if self._data is None:
+            return Pending(None, "", 0)
+        group = self._side(tensor)
+        return self._start(lambda: group.broadcast(tensor, index), "sharing tensors")
+
+    def close(self) -> None:
+        """Drop all connections, which the other members notice at once. Idempotent."""
+        control, data = self._control, self._data
+        self._control = self._data = None
+        for each in {id(group): group for group in (data, control) if group is not None}.values():
+            with contextlib.suppress(RuntimeError):
+                each.abort()
+
+    def _side(self, tensor: torch.Tensor) -> _Backend:
+        group = self._control if tensor.is_cpu else self._data
+        assert group is not None
+        return group
+
+    def _start(self, start: Callable[[], Work], doing: str) -> Pending:
+        with _noticing(doing):
+            return Pending(start(), doing, self._timeout_seconds)
+
+
+def _gloo(wiring: Wiring) -> _Backend:
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # its stubs lack it
+    options._devices = [ProcessGroupGloo.create_device(hostname=wiring.host)]
+    options._timeout = timedelta(seconds=wiring.timeout_seconds)
+    store = PrefixStore("gloo", wiring.store)
+    return cast(_Backend, ProcessGroupGloo(store, wiring.index, wiring.size, options))
+
+
+def _nccl(wiring: Wiring) -> _Backend:
+    from torch.distributed import (
+        ProcessGroupNCCL,
+    )
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=wiring.timeout_seconds)
+    store = PrefixStore("nccl", wiring.store)
+    return cast(_Backend, ProcessGroupNCCL(store, wiring.index, wiring.size, options))
+
+
+def own_address(host: str, port: int) -> str:
+    """The address of this machine by which it reaches `host`, and so others reach it."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # of a datagram socket: nothing is sent
+        name: str = probe.getsockname()[0]
+        return name

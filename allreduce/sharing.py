@@ -1,0 +1,44 @@
+"""One member hands bytes and tensors to the others of its group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from allreduce.group import Group
+from ps_core.tensors import bytes_of, from_wire, spec_of
+from ps_core.v1 import group_pb2
+
+
+def share_bytes(group: Group, index: int, data: bytes) -> bytes:
+    """The `data` of member `index`; that of the others is ignored. Raises PeerLostError."""
+    length = torch.tensor([len(data)])
+    group.broadcast(length, index).wait()
+    buffer = torch.empty(int(length), dtype=torch.uint8)
+    if index == group.index and data:
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if len(buffer):
+        group.broadcast(buffer, index).wait()
+    return bytes(bytes_of(buffer))
+
+
+def share_tensors(
+    group: Group, index: int, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The `tensors` of member `index`, by name, as copies on the host, sent one at a time; those of
+    the others are ignored. Raises PeerLostError.
+    """
+    listed = group_pb2.TensorList(specs=[spec_of(name, each) for name, each in tensors.items()])
+    data = share_bytes(group, index, listed.SerializeToString())
+    shared = {}
+    for spec in group_pb2.TensorList.FromString(data).specs:
+        shape = tuple(spec.shape)
+        if index == group.index:
+            tensor = tensors[spec.name].detach().to("cpu", copy=True).contiguous()
+        else:
+            tensor = torch.empty(shape, dtype=from_wire(spec.dtype))
+        if tensor.numel():
+            group.broadcast(tensor.view(-1).view(torch.uint8), index).wait()
+        shared[spec.name] = tensor
+    return shared

@@ -1,0 +1,101 @@
+"""What all workers have said in one round, and what follows from it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from allreduce.record import Call, Reading, Record
+from ps_core.exchange import Arrival, Purpose
+from ps_core.meeting import check_same, weighted_means
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rank → what its worker has said."""
+
+    rows: Mapping[int, Record]
+
+    @property
+    def has_step(self) -> bool:
+        """Somebody takes a step, and so all do."""
+        return any(record.is_step for record in self.rows.values())
+
+    @property
+    def total(self) -> int:
+        """Samples behind the update."""
+        return sum(record.samples for record in self.rows.values())
+
+    @property
+    def leader(self) -> int:
+        """The lowest rank that takes the step, of those with gradients if there are any."""
+        return min(
+            (rank for rank, record in self.rows.items() if record.is_step),
+            key=lambda rank: (not self.rows[rank].samples, rank),
+        )
+
+    @property
+    def is_of_one_mind(self) -> bool:
+        """All would apply the update with the same hyperparameters."""
+        return len({record.hyperparameters for record in self.rows.values()}) == 1
+
+    @property
+    def differ(self) -> bool:
+        """Those that take the step have different hyperparameters."""
+        own = {each.hyperparameters for each in self.rows.values() if each.is_step}
+        return len(own) > 1
+
+    @property
+    def leavers(self) -> tuple[int, ...]:
+        """Who takes part for the last time."""
+        return self._ranks(Call.LEAVE)
+
+    @property
+    def readers(self) -> tuple[int, ...]:
+        """Who wants the optimizer's state."""
+        return self._ranks(Call.READ)
+
+    def _ranks(self, call: Call) -> tuple[int, ...]:
+        return tuple(rank for rank, record in self.rows.items() if record.call is call)
+
+    @property
+    def has_guest(self) -> bool:
+        """Somebody waits to be let in."""
+        return any(record.has_guest for record in self.rows.values())
+
+    @property
+    def takers(self) -> tuple[int, ...]:
+        """Who goes on with its pass if there is more to read."""
+        return tuple(rank for rank, record in self.rows.items() if record.takes_leases)
+
+    @property
+    def writer(self) -> int | None:
+        """Whose optimizer's state everybody is to have."""
+        return next((rank for rank, record in self.rows.items() if record.has_state), None)
+
+    def readings(self) -> Iterator[Reading]:
+        """What the update is made of."""
+        for record in self.rows.values():
+            yield from record.readings
+
+    @property
+    def arrivals(self) -> dict[int, Arrival]:
+        """Rank → why its worker waits, of those that do."""
+        waiting = {r: each.arrival for r, each in sorted(self.rows.items())}
+        return {rank: arrival for rank, arrival in waiting.items() if arrival is not None}
+
+    def meeting(self) -> Purpose | None:
+        """What all have come for; None: somebody takes a step or leaves. Raises UsageError when
+        they have come for different things.
+        """
+        arrivals = self.arrivals
+        if len(arrivals) < len(self.rows):
+            return None
+        (first, arrival), *others = arrivals.items()
+        for rank, other in others:
+            check_same(rank, other, first, arrival)
+        return arrival.purpose
+
+    def means(self) -> tuple[float, ...]:
+        """Weighted means of the values that all have brought."""
+        return weighted_means(list(self.arrivals.values()))

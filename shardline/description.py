@@ -1,0 +1,99 @@
+"""What a session needs to know about a script's model, optimizer and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ps_core.errors import (
+    DataLossError,
+    MismatchError,
+    NonFiniteError,
+    Preempted,
+    UsageError,
+)
+from ps_core.exchange import Farewell
+from ps_core.local_steps import outer_spec
+from ps_core.optim_spec import OptimizerSpec, check_consistency, check_norm, describe
+from ps_core.plan import ParameterSpec
+from ps_core.settings import ClusterConfig, ConsistencyConfig
+from ps_core.tensors import TRAINABLE
+
+
+def choose_device(name: str, cluster: ClusterConfig) -> torch.device:
+    """`auto`: workers of one machine take its GPUs in turn."""
+    if name != "auto":
+        return torch.device(name)
+    count = torch.cuda.device_count()
+    place = cluster.rank if cluster.local_rank < 0 else cluster.local_rank
+    return torch.device("cuda", place % count) if count else torch.device("cpu")
+
+
+def job_spec(
+    optimizer: torch.optim.Optimizer, max_grad_norm: float | None, consistency: ConsistencyConfig
+) -> OptimizerSpec:
+    """The optimizer that the shards run. They clip the mean; where an update is made of one
+    worker's gradient, or of its local steps, that worker clips for itself.
+    """
+    check_norm(max_grad_norm)
+    if consistency.mode == "local":
+        return outer_spec(consistency, len(optimizer.param_groups))
+    spec = describe(optimizer, max_grad_norm if consistency.mode == "sync" else None)
+    check_consistency(spec, consistency)
+    return spec
+
+
+def farewell(error: BaseException) -> Farewell:
+    """What an error means for the others: whether another process in this one's place would fail
+    as well.
+    """
+    if isinstance(error, Preempted):
+        return Farewell.PREEMPTED
+    hopeless = isinstance(error, UsageError | NonFiniteError | MismatchError | DataLossError)
+    return Farewell.FATAL if hopeless else Farewell.FAILED
+
+
+def reason(error: BaseException) -> str:
+    """The error, in a line for the others."""
+    return f"{type(error).__name__}: {error}"
+
+
+def trained(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module
+) -> tuple[list[torch.nn.Parameter], list[ParameterSpec]]:
+    """The parameters that the shards will hold, in the optimizer's order, and what they are."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters, specs = [], []
+    for group, entries in enumerate(optimizer.param_groups):
+        for parameter in entries["params"]:
+            if not parameter.requires_grad:
+                continue
+            specs.append(_spec(parameter, names.get(id(parameter)), group))
+            parameters.append(parameter)
+    if not parameters:
+        raise UsageError(
+            "the optimizer has no parameter that requires a gradient: there is nothing to train"
+        )
+    return parameters, specs
+
+
+def _spec(parameter: torch.nn.Parameter, name: str | None, group: int) -> ParameterSpec:
+    if name is None:
+        raise UsageError(
+            f"the optimizer has a parameter of shape {list(parameter.shape)} that the model does "
+            "not own: give session.optimizer the module that holds all of them"
+        )
+    if parameter.dtype not in TRAINABLE or not parameter.numel():
+        raise UsageError(
+            f"parameter {name} is {parameter.dtype} with {parameter.numel()} elements: shards "
+            "hold non-empty float64, float32, bfloat16 and float16 parameters"
+        )
+    return ParameterSpec(name, parameter.dtype, tuple(parameter.shape), group)
+
+
+def extras(model: torch.nn.Module, trained: set[int]) -> Mapping[str, torch.Tensor]:
+    """Buffers and untrained parameters, which every worker has but no shard updates."""
+    extras = dict(model.named_buffers())
+    extras |= {name: p for name, p in model.named_parameters() if id(p) not in trained}
+    return extras

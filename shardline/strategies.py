@@ -1,0 +1,50 @@
+"""Which exchange a session uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from allreduce.exchange import AllReduceExchange
+from ps_core.errors import ConfigError
+from ps_core.local import LocalExchange
+from ps_core.metrics import WorkerMetrics
+from ps_core.optimizer import JobExchange
+from ps_core.settings import Config
+from ps_worker.exchange import ParameterServerExchange
+
+
+def check_strategy(config: Config) -> None:
+    """Raises ConfigError for a strategy that lacks an address."""
+    cluster = config.cluster
+    if config.strategy == "alone" and cluster.num_workers > 1:
+        raise ConfigError(
+            f"{cluster.num_workers} workers and no shards: name the shards in cluster.shards, or "
+            "start the script with `shardline run`"
+        )
+    if config.strategy == "parameter-server" and not cluster.shards:
+        raise ConfigError("strategy parameter-server needs shards: name them in cluster.shards")
+    if config.strategy == "allreduce" and not cluster.rendezvous:
+        raise ConfigError(
+            "strategy allreduce needs cluster.rendezvous: start the script with `shardline run "
+            "--strategy allreduce` or torchrun"
+        )
+
+
+def make_exchange(
+    config: Config,
+    device: torch.device,
+    metrics: WorkerMetrics,
+    is_preempted: Callable[[], bool],
+) -> JobExchange:
+    """The exchange of the configured strategy, not connected yet. `is_preempted`: it may leave its
+    waits.
+    """
+    if config.strategy == "allreduce":
+        return AllReduceExchange(config, device)
+    if config.strategy == "alone":
+        return LocalExchange()
+    shared = ParameterServerExchange(config, metrics)
+    shared.leave_when(is_preempted)
+    return shared
