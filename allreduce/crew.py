@@ -69,7 +69,8 @@ class Crew:
         """Connects to the rendezvous. Raises JobFailedError."""
         self._config = config
         self.rendezvous = Rendezvous(config, _device_name(device))
-        self.agreed = Agreed(Passes(config.cluster.rank))
+        self._num_stages = config.pipeline.stages
+        self.agreed = Agreed(Passes(config.cluster.rank // self._num_stages))
         self._group: Group | None = None
         self._is_new = True
         self._kept_state: StateByParameter | None = None
@@ -85,6 +86,11 @@ class Crew:
         return self.rendezvous.ranks
 
     @property
+    def is_elastic(self) -> bool:
+        """The others go on without a worker that is lost. A pipeline cannot do without a stage."""
+        return self._config.cluster.elastic and self._num_stages == 1
+
+    @property
     def is_first(self) -> bool:
         """This worker has the lowest rank of all members."""
         return self._config.cluster.rank == self.ranks[0]
@@ -94,19 +100,24 @@ class Crew:
         assert self._group is not None
         return self._group.gather(records.encode(record))
 
-    def share_state(self, rank: int) -> None:
-        """Everybody takes over the optimizer's state of one member. Raises PeerLostError."""
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """Those of the members, ascending; without stages every member is one."""
+        return tuple(sorted({rank // self._num_stages for rank in self.ranks}))
+
+    def share_state(self, of: int) -> None:
+        """Everybody takes over the optimizer's state of one replica. Raises PeerLostError."""
         assert self._group is not None
-        replica, source = self._held.replica, self.ranks.index(rank)
+        replica, source = self._held.replica, self.replicas.index(of)
         own = self.written_state or {}
         replica.write_state(_by_parameter(share_tensors(self._group, source, _by_name(own))))
         self.written_state = None
 
-    def share_numbers(self, rank: int, numbers: Sequence[float]) -> list[float]:
-        """The numbers of one member, as many as of all others. Raises PeerLostError."""
+    def share_numbers(self, of: int, numbers: Sequence[float]) -> list[float]:
+        """The numbers of one replica, as many as of all others. Raises PeerLostError."""
         assert self._group is not None
         row = torch.tensor(numbers, dtype=torch.float64)
-        self._group.broadcast(row, self.ranks.index(rank)).wait()
+        self._group.broadcast(row, self.replicas.index(of)).wait()
         shared: list[float] = row.tolist()
         return shared
 
@@ -127,8 +138,8 @@ class Crew:
         """The members have changed. True: others have completed the `pending` round, and this
         worker has taken over what it led to.
         """
-        if not self._config.cluster.elastic:
-            raise JobFailedError("a worker is gone; the job goes on when all are started again")
+        if not self.is_elastic:
+            raise JobFailedError("a worker is gone: start the job again with all of them")
         if self._config.allreduce.shard_optimizer and self._kept_state is None:
             raise DataLossError(
                 "a worker is gone, and with it its share of the optimizer's state "
@@ -158,6 +169,7 @@ class Crew:
                 meeting.group_store(),
                 self.ranks.index(config.cluster.rank),
                 len(self.ranks),
+                self._num_stages,
                 meeting.own_host,
                 uses_nccl=may_use_nccl if backend == "auto" else backend == "nccl",
                 timeout_seconds=config.allreduce.timeout_seconds,
@@ -167,7 +179,8 @@ class Crew:
     def _settle_in(self, group: Group, pending: Record | None) -> bool:
         agreed, replica = self.agreed, self._held.replica
         own = _Answer(self._is_new, agreed.round, pending)
-        answers = [_Answer.decode(row) for row in group.gather(own.encode()).wait()]
+        rows = group.gather(own.encode()).wait()
+        answers = [_Answer.decode(rows[index]) for index in group.sharing]
         source = max(range(group.size), key=lambda i: (not answers[i].is_new, answers[i].round, -i))
         newest = answers[source]
         kept = self._kept_state or {}
@@ -186,7 +199,7 @@ class Crew:
             if each.pending is not None and each.round == newest.round
             for reading in each.pending.readings
         ]
-        agreed.passes.set_members(self.ranks, reserved)
+        agreed.passes.set_members(self.replicas, reserved)
         self.has_received, self._is_new = is_behind, False
         return not own.is_new and own.round < newest.round
 
@@ -214,7 +227,7 @@ class Crew:
     def sees_guest(self) -> bool:
         """Whether somebody waits to be let in; only the first member looks, now and then."""
         now = time.monotonic()
-        if not (self._config.cluster.elastic and self.is_first):
+        if not (self.is_elastic and self.is_first):
             return False
         if now - self._looked_at < _GUEST_SECONDS:
             return False

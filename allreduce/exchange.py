@@ -77,6 +77,7 @@ class AllReduceExchange:
         self._config = config
         self._device = device
         self._rank = config.cluster.rank
+        self._num_stages = config.pipeline.stages
         self.traffic = Traffic()
         self._crew: Crew | None = None
         self._granted: deque[Grant] = deque()
@@ -179,7 +180,7 @@ class AllReduceExchange:
         with contextlib.suppress(ShardlineError):
             if farewell is Farewell.FINISHED:
                 crew.rendezvous.finish()
-            elif farewell is Farewell.FATAL or not self._config.cluster.elastic:
+            elif farewell is Farewell.FATAL or not crew.is_elastic:
                 crew.rendezvous.fail(f"worker {self._rank}: {failure}")
             else:
                 self._leave(crew, farewell)
@@ -228,7 +229,7 @@ class AllReduceExchange:
                 raise PeerLostError("the group is broken")
             rows = current.gathering.wait()
             heard = zip(self._joined.ranks, map(records.decode, rows), strict=True)
-            current.table = Table(dict(heard))
+            current.table = Table(dict(heard), self._num_stages)
         return current.table
 
     def _begin_again(self) -> None:
@@ -248,7 +249,8 @@ class AllReduceExchange:
     def _recall(self) -> Table:
         """What all said in a round that others have completed."""
         rows = self._agreed.rows
-        return Table({rank: records.decode(row) for rank, row in rows.items()})
+        heard = {rank: records.decode(row) for rank, row in rows.items()}
+        return Table(heard, self._num_stages)
 
     def _make_update(self, table: Table) -> None:
         """All that a round does with tensors, before it counts. Raises PeerLostError."""
@@ -288,13 +290,13 @@ class AllReduceExchange:
         agreed.round += 1
         agreed.rows = {rank: records.encode(record) for rank, record in table.rows.items()}
         if table.has_step:
-            leader = table.rows[table.leader]
+            leader = table.replicas[table.leader]
             agreed.whereabouts.begun(
                 Position(leader.point, leader.schedules, agreed.version, leader.point)
             )
             agreed.version += 1
-        for rank, record in table.rows.items():
-            passes.measured(rank, record.samples, record.compute_seconds)
+        for index, record in table.replicas.items():
+            passes.measured(index, record.samples, record.compute_seconds)
         passes.use(table.readings())
         self._meet_all(table)
         if table.has_guest or table.leavers:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -84,6 +85,9 @@ class Pending:
         self._work = None
 
 
+_DONE = Pending(None, "", 0)
+
+
 def _is_on_device(work: Work) -> bool:
     return type(work).__name__ == "WorkNCCL"
 
@@ -120,6 +124,8 @@ class Wiring:
     index: int
     """This member's."""
     size: int
+    num_stages: int
+    """Members i and j share their parameters if i and j are the same modulo this."""
     host: str
     """The address of this machine that the others reach."""
     uses_nccl: bool
@@ -127,18 +133,34 @@ class Wiring:
 
 
 class Group:
-    """Calls must be made by all members in the same order."""
+    """All members gather rows; those that share their parameters share tensors. Calls must be made
+    by all that take part in the same order.
+    """
 
     def __init__(self, wiring: Wiring) -> None:
         """Connects to the other members. Raises PeerLostError."""
-        self.index, self.size = wiring.index, wiring.size
-        self._timeout_seconds = wiring.timeout_seconds
-        self._control = self._data = None
-        if wiring.size > 1:
-            with _noticing("connecting to the other workers"):
-                self._control = _gloo(wiring)
-                self._data = _nccl(wiring) if wiring.uses_nccl else self._control
+        stages = wiring.num_stages
+        self.num_members = wiring.size
+        self.index, self.size = wiring.index // stages, wiring.size // stages
+        """Among those that share tensors."""
+        self.sharing = range(wiring.index % stages, wiring.size, stages)
+        """Who they are among all members."""
         self.is_on_device = wiring.uses_nccl
+        self._timeout_seconds = wiring.timeout_seconds
+        self._all: _Backend | None = None
+        self._host: _Backend | None = None
+        self._device: _Backend | None = None
+        with _noticing("connecting to the other workers"):
+            self._connect(wiring)
+
+    def _connect(self, wiring: Wiring) -> None:
+        if wiring.size > 1:
+            self._all = self._host = _gloo(wiring, "all", wiring.index, wiring.size)
+        if wiring.num_stages > 1:
+            name = f"stage {self.sharing.start}"
+            self._host = _gloo(wiring, name, self.index, self.size) if self.size > 1 else None
+        if wiring.uses_nccl and self.size > 1:
+            self._device = _nccl(wiring, f"device {self.sharing.start}", self.index, self.size)
 
     def start_gather(self, numbers: Sequence[float], length: int) -> tuple[torch.Tensor, Pending]:
         """Everybody's numbers as rows of `length`, padded with zeros, once the second is waited
@@ -146,76 +168,75 @@ class Group:
         """
         own = torch.zeros(length, dtype=torch.float64)
         own[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
-        control = self._control
-        if control is None:
-            return own[None], Pending(None, "", 0)
-        rows = torch.zeros(self.size, length, dtype=torch.float64)
-        work = self._start(
-            lambda: control._allgather_base(rows.view(-1), own),
-            "waiting for the other workers",
-        )
-        return rows, work
+        everybody = self._all
+        if everybody is None:
+            return own[None], _DONE
+        rows = torch.zeros(self.num_members, length, dtype=torch.float64)
+        start = partial(everybody._allgather_base, rows.view(-1), own)
+        return rows, self._start(start, "waiting for the other workers")
 
     def gather(self, numbers: Sequence[float]) -> Gathering:
         """Send numbers to everybody; the first says how many. Does not block."""
         return Gathering(self, numbers)
 
     def add_up(self, tensor: torch.Tensor) -> Pending:
-        """Make `tensor` the sum of everybody's. Does not block."""
-        if self._data is None:
-            return Pending(None, "", 0)
-        group = self._side(tensor)
-        return self._start(lambda: group.allreduce([tensor]), "adding up gradients")
+        """Make `tensor` the sum of those of all that share it. Does not block."""
+        group = self._for(tensor)
+        if group is None:
+            return _DONE
+        return self._start(partial(group.allreduce, [tensor]), "adding up gradients")
 
     def add_up_on(self, tensor: torch.Tensor, index: int) -> Pending:
-        """Make `tensor` of one member the sum of everybody's; it is undefined on the others."""
-        if self._data is None:
-            return Pending(None, "", 0)
-        group = self._side(tensor)
-        return self._start(lambda: group.reduce(tensor, index), "adding up gradients")
+        """Make `tensor` of one of them the sum of all; it is undefined on the others."""
+        group = self._for(tensor)
+        if group is None:
+            return _DONE
+        return self._start(partial(group.reduce, tensor, index), "adding up gradients")
 
     def broadcast(self, tensor: torch.Tensor, index: int) -> Pending:
-        """Make `tensor` that of one member."""
-        if self._data is None:
-            return Pending(None, "", 0)
-        group = self._side(tensor)
-        return self._start(lambda: group.broadcast(tensor, index), "sharing tensors")
+        """Make `tensor` that of one of them."""
+        group = self._for(tensor)
+        if group is None:
+            return _DONE
+        return self._start(partial(group.broadcast, tensor, index), "sharing tensors")
+
+    def add_up_everywhere(self, tensor: torch.Tensor) -> Pending:
+        """Make `tensor`, on the host, the sum of those of all members."""
+        if self._all is None:
+            return _DONE
+        return self._start(partial(self._all.allreduce, [tensor]), "adding up norms")
 
     def close(self) -> None:
         """Drop all connections, which the other members notice at once. Idempotent."""
-        control, data = self._control, self._data
-        self._control = self._data = None
-        for each in {id(group): group for group in (data, control) if group is not None}.values():
+        groups = {id(each): each for each in (self._device, self._host, self._all) if each}
+        self._all = self._host = self._device = None
+        for group in groups.values():
             with contextlib.suppress(RuntimeError):
-                each.abort()
+                group.abort()
 
-    def _side(self, tensor: torch.Tensor) -> _Backend:
-        group = self._control if tensor.is_cpu else self._data
-        assert group is not None
-        return group
+    def _for(self, tensor: torch.Tensor) -> _Backend | None:
+        return self._host if tensor.is_cpu else self._device
 
     def _start(self, start: Callable[[], Work], doing: str) -> Pending:
         with _noticing(doing):
             return Pending(start(), doing, self._timeout_seconds)
 
 
-def _gloo(wiring: Wiring) -> _Backend:
+def _gloo(wiring: Wiring, name: str, index: int, size: int) -> _Backend:
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # its stubs lack it
     options._devices = [ProcessGroupGloo.create_device(hostname=wiring.host)]
     options._timeout = timedelta(seconds=wiring.timeout_seconds)
-    store = PrefixStore("gloo", wiring.store)
-    return cast(_Backend, ProcessGroupGloo(store, wiring.index, wiring.size, options))
+    store = PrefixStore(name, wiring.store)
+    return cast(_Backend, ProcessGroupGloo(store, index, size, options))
 
 
-def _nccl(wiring: Wiring) -> _Backend:
-    from torch.distributed import (
-        ProcessGroupNCCL,
-    )
+def _nccl(wiring: Wiring, name: str, index: int, size: int) -> _Backend:
+    from torch.distributed import ProcessGroupNCCL  # only builds for CUDA have it
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=wiring.timeout_seconds)
-    store = PrefixStore("nccl", wiring.store)
-    return cast(_Backend, ProcessGroupNCCL(store, wiring.index, wiring.size, options))
+    store = PrefixStore(name, wiring.store)
+    return cast(_Backend, ProcessGroupNCCL(store, index, size, options))
 
 
 def own_address(host: str, port: int) -> str:

@@ -15,6 +15,16 @@ class Table:
     """Rank → what its worker has said."""
 
     rows: Mapping[int, Record]
+    num_stages: int = 1
+    """Workers of a replica, whose ranks follow one another; what is said of samples, its first
+    worker says.
+    """
+
+    @property
+    def replicas(self) -> dict[int, Record]:
+        """Replica → what its first worker has said."""
+        stages = self.num_stages
+        return {rank // stages: each for rank, each in self.rows.items() if not rank % stages}
 
     @property
     def has_step(self) -> bool:
@@ -24,14 +34,15 @@ class Table:
     @property
     def total(self) -> int:
         """Samples behind the update."""
-        return sum(record.samples for record in self.rows.values())
+        return sum(record.samples for record in self.replicas.values())
 
     @property
     def leader(self) -> int:
-        """The lowest rank that takes the step, of those with gradients if there are any."""
+        """The lowest replica that takes the step, of those with gradients if there are any."""
+        replicas = self.replicas
         return min(
-            (rank for rank, record in self.rows.items() if record.is_step),
-            key=lambda rank: (not self.rows[rank].samples, rank),
+            (index for index, record in replicas.items() if record.is_step),
+            key=lambda index: (not replicas[index].samples, index),
         )
 
     @property
@@ -65,17 +76,17 @@ class Table:
 
     @property
     def takers(self) -> tuple[int, ...]:
-        """Who goes on with its pass if there is more to read."""
-        return tuple(rank for rank, record in self.rows.items() if record.takes_leases)
+        """Replicas that go on with their pass if there is more to read."""
+        return tuple(index for index, record in self.replicas.items() if record.takes_leases)
 
     @property
     def writer(self) -> int | None:
-        """Whose optimizer's state everybody is to have."""
-        return next((rank for rank, record in self.rows.items() if record.has_state), None)
+        """The replica whose optimizer's state everybody is to have."""
+        return next((index for index, each in self.replicas.items() if each.has_state), None)
 
     def readings(self) -> Iterator[Reading]:
         """What the update is made of."""
-        for record in self.rows.values():
+        for record in self.replicas.values():
             yield from record.readings
 
     @property

@@ -236,6 +236,12 @@ def _validate_cluster(config: Config) -> None:
             f"cluster.max_workers = {cluster.max_workers} is below cluster.num_workers = "
             f"{cluster.num_workers}"
         )
+    stages = config.pipeline.stages
+    if cluster.num_workers % stages or cluster.num_ranks % stages:
+        raise ConfigError(
+            f"pipeline.stages = {stages} must divide the number of workers, {cluster.num_ranks}: "
+            "each replica of the model takes that many"
+        )
     if rank >= cluster.num_ranks:
         raise ConfigError(
             f"cluster.rank = {rank} must be below the number of workers, {cluster.num_ranks} "

@@ -139,6 +139,22 @@ class AllReduceConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PipelineConfig:
+    """Models that are split over several workers."""
+
+    stages: int = key(1, "Workers that share one replica of the model.", "--stages", 1)
+    schedule: Literal["gpipe", "1f1b", "interleaved", "interleaved-zero-bubble", "zbv"] = key(
+        "1f1b", "Order in which stages work on microbatches.", "--schedule"
+    )
+    microbatches: int = key(
+        0,
+        "Pieces that a batch is cut into; 0: as many as the schedule does well with.",
+        "--microbatches",
+        0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class RpcConfig:
     """Connections between workers and shards."""
 
@@ -209,6 +225,7 @@ class Config:
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     allreduce: AllReduceConfig = field(default_factory=AllReduceConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     rpc: RpcConfig = field(default_factory=RpcConfig)
     membership: MembershipConfig = field(default_factory=MembershipConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -25,6 +25,9 @@ from ps_core.settings import Config
 
 _RUN_KEYS: Final = (
     "job.strategy",
+    "pipeline.stages",
+    "pipeline.schedule",
+    "pipeline.microbatches",
     "allreduce.backend",
     "allreduce.shard_optimizer",
     "allreduce.wire_dtype",

@@ -113,6 +113,9 @@ SAMPLES = [
     switch("allreduce.shard_optimizer", "--shard-optimizer"),
     word("allreduce.wire_dtype", "--wire-dtype", "same", "bfloat16"),
     number("allreduce.timeout_seconds", "--collective-timeout", 120.0, 7.5),
+    number("pipeline.stages", "--stages", 1, 2),
+    word("pipeline.schedule", "--schedule", "1f1b", "gpipe"),
+    number("pipeline.microbatches", "--microbatches", 0, 6),
     switch("rpc.insecure", "--insecure"),
     number("rpc.connect_timeout_seconds", "", 60.0, 2.5),
     number("rpc.call_timeout_seconds", "", 15.0, 0.5),
@@ -137,6 +140,7 @@ FOUR_WORKERS = {"SHARDLINE_CLUSTER_NUM_WORKERS": "4"}
 ASYNC = {"SHARDLINE_CONSISTENCY_MODE": "async"}
 NEEDS = {
     "cluster.rank": FOUR_WORKERS,
+    "pipeline.stages": FOUR_WORKERS,
     "membership.min_workers": FOUR_WORKERS,
     "consistency.staleness_scaling": ASYNC,
     "consistency.delay_compensation": ASYNC,
