@@ -42,7 +42,7 @@ from ps_core.exchange import (
     Traffic,
     Work,
 )
-from ps_core.job import Job, first_difference
+from ps_core.job import describe_job, first_difference
 from ps_core.leases import PassSpec
 from ps_core.memory import keep_freed_memory
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
@@ -110,17 +110,7 @@ class AllReduceExchange:
         return Start(self._agreed.version, crew.is_first, position)
 
     def _check_job(self, crew: Crew, plan: Plan, optimizer: OptimizerSpec) -> None:
-        config = self._config
-        own = Job(
-            job_id=config.job.id,
-            num_workers=config.cluster.num_workers,
-            num_shards=1,
-            parameters=plan.parameters,
-            part_bytes=config.exchange.part_bytes,
-            bucket_bytes=config.exchange.bucket_bytes,
-            optimizer=optimizer,
-            consistency=config.consistency,
-        )
+        own = describe_job(self._config, plan, optimizer)
         first = crew.rendezvous.agree("job", codec.encode_job(own).SerializeToString())
         theirs = codec.decode_job(shard_pb2.JobSpec.FromString(first))
         if difference := first_difference(own, theirs):

@@ -154,9 +154,14 @@ def _mirror(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
 
 
-def make_buckets(plan: Plan, parameters: Sequence[torch.nn.Parameter]) -> list[Bucket]:
-    """Buckets for the plan's `parameters`, which become views into them."""
+def make_buckets(
+    plan: Plan, parameters: Sequence[torch.nn.Parameter], stage: int = 0
+) -> list[Bucket]:
+    """Buckets for those of the plan's `parameters` that are in a stage, which become views into
+    them.
+    """
     return [
         Bucket(layout, [parameters[placement.parameter] for placement in layout.placements])
         for layout in plan.buckets
+        if layout.stage == stage
     ]

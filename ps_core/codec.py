@@ -306,6 +306,8 @@ def _check_sizes(message: shard_pb2.JobSpec) -> None:
         raise ProtocolError(f"max_grad_norm {optimizer.max_grad_norm} is not a positive number")
     if any("lr" not in group.values for group in optimizer.groups):
         raise ProtocolError("every parameter group needs an lr")
+    if max(spec.stage for spec in message.parameters) >= message.num_shards:
+        raise ProtocolError("a stage needs a shard of its own: give as many shards as stages")
     if message.num_shards > MAX_SHARDS:
         raise ProtocolError(f"{message.num_shards} shards are more than {MAX_SHARDS}")
     total_bytes = sum(map(_padded_bytes, message.parameters))
@@ -348,12 +350,13 @@ def _decode_consistency(message: shard_pb2.Consistency) -> ConsistencyConfig:
 
 def _encode_parameter(spec: ParameterSpec) -> shard_pb2.ParameterSpec:
     tensor = tensor_pb2.TensorSpec(name=spec.name, dtype=to_wire(spec.dtype), shape=spec.shape)
-    return shard_pb2.ParameterSpec(tensor=tensor, group=spec.group)
+    return shard_pb2.ParameterSpec(tensor=tensor, group=spec.group, stage=spec.stage)
 
 
 def _decode_parameter(message: shard_pb2.ParameterSpec, num_groups: int) -> ParameterSpec:
     tensor = message.tensor
-    spec = ParameterSpec(tensor.name, from_wire(tensor.dtype), tuple(tensor.shape), message.group)
+    shape = tuple(tensor.shape)
+    spec = ParameterSpec(tensor.name, from_wire(tensor.dtype), shape, message.group, message.stage)
     if spec.dtype not in TRAINABLE or min(spec.shape, default=1) < 1 or spec.group >= num_groups:
         raise ProtocolError(f"parameter {spec.name!r} has a bad dtype, shape or group")
     return spec

@@ -151,6 +151,24 @@ class Traffic:
     pulled_bytes: int = 0
 
 
+class Replica(Protocol):
+    """The workers that hold one replica of the model, each a stage of it. All call together. Raises
+    EvictedError when one of them is gone.
+    """
+
+    stage: int
+    """Of this worker."""
+    num_stages: int
+
+    def share(self, data: bytes) -> bytes:
+        """The `data` of the first stage; that of the others is ignored."""
+        ...
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """As many numbers of every stage, in their order."""
+        ...
+
+
 ReadExtras = Callable[[], Mapping[str, torch.Tensor]]
 """Reads the model's tensors that are not trained, by name: buffers and frozen parameters. The
 chosen worker's count.

@@ -9,7 +9,7 @@ from itertools import zip_longest
 
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import ParameterSpec, Plan, make_plan
-from ps_core.settings import ConsistencyConfig
+from ps_core.settings import Config, ConsistencyConfig
 
 PROTOCOL = 2
 """Version of the wire contract in `protos/ps_core/v1`."""
@@ -32,6 +32,20 @@ class Job:
     @cached_property
     def plan(self) -> Plan:
         return make_plan(self.parameters, self.num_shards, self.part_bytes, self.bucket_bytes)
+
+
+def describe_job(config: Config, plan: Plan, optimizer: OptimizerSpec) -> Job:
+    """The job as one worker's configuration and script have it."""
+    return Job(
+        job_id=config.job.id,
+        num_workers=config.cluster.num_workers,
+        num_shards=plan.num_shards,
+        parameters=plan.parameters,
+        part_bytes=config.exchange.part_bytes,
+        bucket_bytes=config.exchange.bucket_bytes,
+        optimizer=optimizer,
+        consistency=config.consistency,
+    )
 
 
 def first_difference(mine: Job, theirs: Job) -> str | None:
@@ -71,7 +85,8 @@ def _show(spec: ParameterSpec | None) -> str:
     if spec is None:
         return "absent"
     dtype = str(spec.dtype).removeprefix("torch.")
-    return f"{spec.name} {dtype}{list(spec.shape)} in group {spec.group}"
+    stage = f" of stage {spec.stage}" if spec.stage else ""
+    return f"{spec.name} {dtype}{list(spec.shape)} in group {spec.group}{stage}"
 
 
 def _group_differences(

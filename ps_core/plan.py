@@ -1,8 +1,8 @@
 """Which shard holds which elements: a pure function of the model, the same on every side.
 
-A *bucket* is a flat run of parameters of one group and dtype. Every parameter starts at a multiple
-of 64 elements in its bucket (the gaps are never trained), so a cut at a multiple of 64 is also one
-from the start of each tensor: vector kernels then round the same way as on the whole tensor. A
+A *bucket* is a flat run of parameters of one stage, group and dtype. Every parameter starts at a
+multiple of 64 elements in its bucket (the gaps are never trained), so a cut at a multiple of 64 is
+also one from the start of each tensor: vector kernels then round the same way as on the whole. A
 *part* is a piece of a bucket, the unit that travels and is updated. A *slice* is the piece of one
 parameter in a part.
 """
@@ -25,12 +25,15 @@ _BYTE_ALIGNMENT = ALIGNMENT * 8
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """A trained parameter: its name in the model, and the optimizer's group it belongs to."""
+    """A trained parameter: its name in the model, the optimizer's group it belongs to, and the
+    stage of a pipeline that computes with it.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     group: int
+    stage: int = 0
 
     @property
     def num_elements(self) -> int:
@@ -55,6 +58,7 @@ class BucketLayout:
     dtype: torch.dtype
     length: int
     placements: tuple[Placement, ...]
+    stage: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +113,20 @@ def make_plan(
 
     Parts hold at most `part_bytes` (a multiple of 512), fewer for a small model, so that it
     spreads over the shards. Buckets hold at most `bucket_bytes`, unless a single parameter is
-    larger. The bytes of any two shards differ by at most one part.
+    larger. Each stage of a pipeline has the shards whose index is its number modulo the number of
+    stages, of which there are at most as many as shards; the bytes of any two shards of a stage
+    differ by at most one part.
     """
     buckets = tuple(_fill_buckets(parameters, bucket_bytes))
     total_bytes = sum(bucket.length * bucket.dtype.itemsize for bucket in buckets)
     fair_share = _round_up(math.ceil(total_bytes / num_shards), _BYTE_ALIGNMENT)
-    parts = _assign(buckets, min(part_bytes, fair_share), num_shards)
+    parts = _assign(buckets, min(part_bytes, fair_share), num_shards, num_stages(parameters))
     return Plan(tuple(parameters), buckets, parts, num_shards, _fingerprint(buckets, parts))
+
+
+def num_stages(parameters: Sequence[ParameterSpec]) -> int:
+    """Into how many stages a model is split; 1: it is not."""
+    return 1 + max((spec.stage for spec in parameters), default=0)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -123,26 +134,28 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _fill_buckets(parameters: Sequence[ParameterSpec], bucket_bytes: int) -> Iterator[BucketLayout]:
-    kinds = dict.fromkeys((spec.group, spec.dtype) for spec in parameters)
+    kinds = dict.fromkeys((spec.stage, spec.group, spec.dtype) for spec in parameters)
     index = 0
-    for group, dtype in kinds:
+    for stage, group, dtype in sorted(kinds, key=lambda kind: kind[0]):
         placements: list[Placement] = []
         length = 0
         for number, spec in enumerate(parameters):
-            if (spec.group, spec.dtype) != (group, dtype):
+            if (spec.stage, spec.group, spec.dtype) != (stage, group, dtype):
                 continue
             padded = _round_up(spec.num_elements, ALIGNMENT)
             if placements and (length + padded) * dtype.itemsize > bucket_bytes:
-                yield BucketLayout(index, group, dtype, length, tuple(placements))
+                yield BucketLayout(index, group, dtype, length, tuple(placements), stage)
                 index, placements, length = index + 1, [], 0
             placements.append(Placement(number, length, spec.num_elements))
             length += padded
-        yield BucketLayout(index, group, dtype, length, tuple(placements))
+        yield BucketLayout(index, group, dtype, length, tuple(placements), stage)
         index += 1
 
 
-def _assign(buckets: Sequence[BucketLayout], part_bytes: int, num_shards: int) -> tuple[Part, ...]:
-    """Cut buckets into parts and give each to the shard with the fewest bytes so far.
+def _assign(
+    buckets: Sequence[BucketLayout], part_bytes: int, num_shards: int, stages: int
+) -> tuple[Part, ...]:
+    """Cut buckets into parts and give each to the shard of its stage with the fewest bytes so far.
 
     The least loaded shard never ends up more than this one part above any other, which keeps the
     difference between any two shards within one part.
@@ -153,7 +166,7 @@ def _assign(buckets: Sequence[BucketLayout], part_bytes: int, num_shards: int) -
         step = part_bytes // bucket.dtype.itemsize
         for start in range(0, bucket.length, step):
             length = min(step, bucket.length - start)
-            shard = loads.index(min(loads))
+            shard = min(range(bucket.stage, num_shards, stages), key=loads.__getitem__)
             slices = tuple(_slices(bucket, start, length))
             part = Part(
                 len(parts), shard, bucket.index, bucket.group, bucket.dtype, start, length, slices

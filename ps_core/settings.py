@@ -1,7 +1,7 @@
 """Every configuration key: its type, default, range, flag and meaning."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeVar
 
 INF: Final = math.inf
@@ -230,6 +230,17 @@ class Config:
     membership: MembershipConfig = field(default_factory=MembershipConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def by_replica(self) -> "Config":
+        """As shards see it: the stages of a pipeline are one worker together."""
+        stages, cluster = self.pipeline.stages, self.cluster
+        counted = replace(
+            cluster,
+            num_workers=cluster.num_workers // stages,
+            max_workers=cluster.max_workers // stages,
+            rank=cluster.rank // stages,
+        )
+        return replace(self, cluster=counted)
 
     @property
     def strategy(self) -> Literal["alone", "parameter-server", "allreduce"]:

@@ -35,6 +35,7 @@ def serve(config: Config, announce: Callable[[str], None]) -> None:
     `announce` is called once, with the address and the metrics URL, when the shard takes calls.
     Raises JobFailedError when the job failed, ConfigError when a port cannot be bound.
     """
+    config = config.by_replica()
     keep_freed_memory()
     torch.set_num_threads(config.worker.threads or 1)
     # With the first optimizer torch imports its compiler, which takes seconds: not while the first

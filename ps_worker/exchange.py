@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ps_core import codec, dialogue
 from ps_core.buckets import Bucket
 from ps_core.codec import PartFrame
-from ps_core.errors import JobFailedError, MismatchError, ProtocolError, ShardlineError
+from ps_core.errors import JobFailedError, ProtocolError, ShardlineError
 from ps_core.exchange import (
     Arrival,
     Farewell,
@@ -19,13 +20,14 @@ from ps_core.exchange import (
     Outcome,
     Purpose,
     ReadExtras,
+    Replica,
     Start,
     StateByParameter,
     Traffic,
     Work,
 )
 from ps_core.heartbeat import Heartbeat
-from ps_core.job import Job
+from ps_core.job import describe_job
 from ps_core.leases import PassSpec
 from ps_core.memory import keep_freed_memory
 from ps_core.metrics import WorkerMetrics
@@ -35,7 +37,12 @@ from ps_core.settings import Config
 from ps_core.v1 import shard_pb2, tensor_pb2
 from ps_worker.client import ShardClient
 from ps_worker.inbox import Inbox
+from ps_worker.lead_side import DirectLead, LeadSide, SharedLead
 from ps_worker.state import cut_state, place_state
+from ps_worker.values import Values
+
+_LEAD = 0
+"""The shard that leads."""
 
 
 class ParameterServerExchange:
@@ -45,16 +52,17 @@ class ParameterServerExchange:
     training thread waits in `settle`, or in a meeting.
     """
 
-    def __init__(self, config: Config, metrics: WorkerMetrics) -> None:
-        """Does not connect yet."""
+    def __init__(
+        self, config: Config, metrics: WorkerMetrics, replica: Replica | None = None
+    ) -> None:
+        """Does not connect yet. With a `replica` this is one of its stages: all of them together
+        are one worker, whose rank is in `config`, and each has the shards of its parameters.
+        """
         self._config = config
         self._metrics = metrics
-        rank, incarnation = config.cluster.rank, secrets.randbits(63) + 1
-        worker = shard_pb2.WorkerId(rank=rank, incarnation=incarnation)
-        self._clients = [
-            ShardClient(index, address, worker, config)
-            for index, address in enumerate(config.cluster.shards)
-        ]
+        self._replica = replica
+        self._clients: dict[int, ShardClient] = {}
+        """By shard."""
         self.traffic = Traffic()
         self._inbox = Inbox()
         self._heartbeat: Heartbeat | None = None
@@ -69,7 +77,6 @@ class ParameterServerExchange:
         self._chosen = False
         self._abstained = False
         self._closed = False
-        self._kept_extras: dict[str, tuple[int, int]] = {}
 
     def leave_when(self, is_preempted: Callable[[], bool]) -> None:
         """Ask this in every wait that may be left, and raise Preempted when it is true."""
@@ -87,46 +94,72 @@ class ParameterServerExchange:
         its timeout; JobOverError when there is nothing left to do.
         """
         keep_freed_memory()
-        self._plan, self._buckets, self._extras = plan, buckets, extras
-        self._parts = {b.layout.index: plan.parts_of_bucket(b.layout.index) for b in buckets}
-        self._part_numbers = range(len(plan.parts))
+        self._plan = plan
+        self._buckets = {bucket.layout.index: bucket for bucket in buckets}
+        self._parts = {index: plan.parts_of_bucket(index) for index in self._buckets}
+        self._own_parts = [part for parts in self._parts.values() for part in parts]
+        self._part_numbers = [part.index for part in self._own_parts]
         self._versions = dict.fromkeys(self._part_numbers, 0)
-        self._holders = sorted({part.shard for part in plan.parts})
+        self._holders = sorted({part.shard for part in self._own_parts})
         self._positions = {
             placement.parameter: (bucket, position)
             for bucket in buckets
             for position, placement in enumerate(bucket.layout.placements)
         }
-        message = codec.encode_job(self._describe_job(plan, optimizer))
-        for client in self._clients:
-            client.connect()
-        first, *_ = [client.join(message) for client in self._clients]  # the lead comes first
-        for client in self._clients:
-            client.open(self)
-        self._heartbeat = Heartbeat(self._config.membership.heartbeat_seconds, self._beat)
-        if first:
-            self._load_initial()
+        self._clients = self._make_clients()
+        self._lead = self._find_lead()
+        own_extras = extras if self._replica is None else dict  # stages have theirs to themselves
+        self._values = Values(plan, self._buckets, own_extras, self._clients, self._explaining)
+        if self._enter(codec.encode_job(describe_job(self._config, plan, optimizer))):
+            self._values.load_initial()
         met = self._wait_for_all(Arrival(Purpose.START, 0))
         if met.refreshed:
-            self._pull_extras()
+            self._values.pull_extras()
         position = dialogue.decode_position(met.position) if met.HasField("position") else None
         return Start(met.step, met.chosen, position)
 
-    def _describe_job(self, plan: Plan, optimizer: OptimizerSpec) -> Job:
-        config = self._config
-        return Job(
-            job_id=config.job.id,
-            num_workers=config.cluster.num_workers,
-            num_shards=len(config.cluster.shards),
-            parameters=plan.parameters,
-            part_bytes=config.exchange.part_bytes,
-            bucket_bytes=config.exchange.bucket_bytes,
-            optimizer=optimizer,
-            consistency=config.consistency,
-        )
+    def _make_clients(self) -> dict[int, ShardClient]:
+        """One for each shard; a stage has its own ones, of which the first's include the lead."""
+        replica, incarnation = self._replica, secrets.randbits(63) + 1
+        stage, num_stages = 0, 1
+        if replica is not None:
+            stage, num_stages = replica.stage, replica.num_stages
+            incarnation = int.from_bytes(replica.share(incarnation.to_bytes(8, "little")), "little")
+        rank, addresses = self._config.cluster.rank, self._config.cluster.shards
+        worker = shard_pb2.WorkerId(rank=rank, incarnation=incarnation)
+        return {
+            index: ShardClient(index, addresses[index], worker, self._config)
+            for index in range(stage, len(addresses), num_stages)
+        }
+
+    def _find_lead(self) -> LeadSide:
+        client, replica = self._clients.get(_LEAD), self._replica
+        direct = DirectLead(client, self._inbox) if client else None
+        if replica is not None:
+            return SharedLead(direct, replica, self._inbox)
+        assert direct is not None, "without stages every worker speaks to every shard"
+        return direct
+
+    def _enter(self, job: shard_pb2.JobSpec) -> bool:
+        """Join the lead, then the other shards; True: this worker's initial values count."""
+        for client in self._clients.values():
+            client.connect()
+        first = self._lead.join(job)
+        for index, client in self._clients.items():
+            if index != _LEAD:
+                client.join(job)
+        for client in self._clients.values():
+            client.open(self)
+        if _LEAD in self._clients:
+            seconds = self._config.membership.heartbeat_seconds
+            self._heartbeat = Heartbeat(seconds, self._beat)
+        return first
+
+    def _explaining(self) -> contextlib.AbstractContextManager[None]:
+        return self._inbox.explaining(2 * self._config.rpc.reconnect_seconds)
 
     def _beat(self) -> None:
-        self._clients[0].send(shard_pb2.ExchangeRequest(heartbeat=shard_pb2.Heartbeat()))
+        self._clients[_LEAD].send(shard_pb2.ExchangeRequest(heartbeat=shard_pb2.Heartbeat()))
 
     def begin(self, step: int, work: Work, hyperparameters: Sequence[Hyperparameters]) -> None:
         """Tell every shard that holds parts, which answers all of them, also to one that abstains.
@@ -135,6 +168,7 @@ class ParameterServerExchange:
         """
         self._abstained = work.samples == 0
         self._inbox.expect(self._part_numbers, step + 1)
+        self._epoch = self._lead.agree_on_epoch(self._epoch)
         begin = dialogue.encode_begin(step, self._epoch, work, hyperparameters)
         request = shard_pb2.ExchangeRequest(begin=begin)
         self._sent = {shard: [(None, request)] for shard in self._holders}
@@ -172,8 +206,8 @@ class ParameterServerExchange:
 
     def _take_over(self) -> None:
         """All parts are here: the model computes with them from now on."""
-        self.traffic.pulled_bytes += sum(part.num_bytes for part in self._plan.parts)
-        for bucket in self._buckets:
+        self.traffic.pulled_bytes += sum(part.num_bytes for part in self._own_parts)
+        for bucket in self._buckets.values():
             bucket.upload()
 
     def close(self, farewell: Farewell = Farewell.FINISHED, failure: str = "") -> None:
@@ -181,27 +215,30 @@ class ParameterServerExchange:
         if self._closed:
             return
         self._closed = True
-        for client in reversed(self._clients):
-            try:
+        for index, client in sorted(self._clients.items(), reverse=True):
+            # A shard that is gone, or a job that has failed: there is nobody to say goodbye to.
+            with contextlib.suppress(ShardlineError):
+                if index == _LEAD and farewell is Farewell.FINISHED:
+                    self._lead.finish()
                 client.leave(farewell, failure)
-            except ShardlineError:
-                # The shard is gone or the job has failed: there is nobody to say goodbye to.
-                continue
+        if _LEAD not in self._clients and farewell is Farewell.FINISHED:
+            with contextlib.suppress(ShardlineError):
+                self._lead.finish()
         if self._heartbeat is not None:
             self._heartbeat.close()
-        for client in self._clients:
+        for client in self._clients.values():
             client.close()
 
     # -- Peers -------------------------------------------------------------------------------------
 
     def idle(self) -> None:
         """Tell the lead."""
-        self._clients[0].request(shard_pb2.ExchangeRequest(idle=shard_pb2.Idle()))
+        self._lead.idle()
 
     def meet(self, arrival: Arrival) -> Meeting:
         """Wait for the lead's word, and for the parameters if others went further."""
         if self._chosen and arrival.purpose in (Purpose.EPOCH, Purpose.CLOSE):
-            self._load_extras()
+            self._values.load_extras()
         met = self._wait_for_all(arrival)
         grant = dialogue.decode_grant(met.leases) if met.HasField("leases") else None
         return Meeting(met.step, tuple(met.means), met.chosen, grant, met.past)
@@ -209,9 +246,7 @@ class ParameterServerExchange:
     def _wait_for_all(self, arrival: Arrival) -> shard_pb2.Met:
         # Parts may come before the word that announces them, from a shard that is faster.
         self._inbox.expect(self._part_numbers, arrival.step, meets=True)
-        meet = dialogue.encode_meet(arrival)
-        self._clients[0].request(shard_pb2.ExchangeRequest(meet=meet))
-        met = self._inbox.wait_for_meeting()
+        met = self._lead.meet(arrival)
         self._epoch, self._chosen = max(self._epoch, met.epoch), met.chosen
         if met.refreshed:
             self._inbox.wait_for_parts()
@@ -222,17 +257,15 @@ class ParameterServerExchange:
 
     def request_lease(self, loader: int, spec: PassSpec) -> None:
         """Ask the lead."""
-        lease = dialogue.encode_lease_request(loader, spec)
-        self._clients[0].request(shard_pb2.ExchangeRequest(lease=lease))
+        self._lead.request_lease(loader, spec)
 
     def receive_lease(self) -> Grant:
         """The lead's answer."""
-        return dialogue.decode_grant(self._inbox.wait_for_leases())
+        return dialogue.decode_grant(self._lead.receive_lease())
 
     def return_leases(self, leases: Sequence[int], *, declined: bool = False) -> None:
         """Tell the lead."""
-        lease = shard_pb2.LeaseRequest(returned=leases, declined=declined)
-        self._clients[0].request(shard_pb2.ExchangeRequest(lease=lease))
+        self._lead.return_leases(leases, declined=declined)
 
     def holds_lease(self, lease: int) -> bool:
         """The lead takes leases only from workers that are gone."""
@@ -246,8 +279,8 @@ class ParameterServerExchange:
         """
         state: dict[int, dict[str, torch.Tensor]] = {i: {} for i in self._positions}
         versions = set()
-        for client in self._clients:
-            for response in self._pull(client, shard_pb2.CONTENT_STATE):
+        for client in self._clients.values():
+            for response in self._values.pull(client, shard_pb2.CONTENT_STATE):
                 if response.WhichOneof("message") == "version":
                     versions.add(response.version)
                 else:
@@ -263,66 +296,8 @@ class ParameterServerExchange:
     def write_state(self, state: StateByParameter) -> None:
         """Send each shard its slices; only the chosen worker's count, all others return at once."""
         if self._chosen:
-            for client in self._clients:
-                self._load(client, cut_state(self._plan, client.index, state))
-
-    # -- Values ------------------------------------------------------------------------------------
-
-    def _load_initial(self) -> None:
-        for client in self._clients:
-            parts = self._plan.parts_of_shard(client.index)
-            self._load(
-                client,
-                (codec.encode_initial(p, self._buckets[p.bucket].host_parameters) for p in parts),
-            )
-        self._load_extras()
-
-    def _load_extras(self) -> None:
-        """Send the lead what has changed since the last time."""
-        changed = {}
-        for name, tensor in self._extras().items():
-            mark = (tensor.data_ptr(), tensor._version)
-            if self._kept_extras.get(name) != mark:
-                self._kept_extras[name], changed[name] = mark, tensor
-        chunks = (
-            shard_pb2.LoadRequest(buffer=chunk)
-            for name, tensor in changed.items()
-            for chunk in codec.encode_chunks(name, tensor.detach().cpu())
-        )
-        self._load(self._clients[0], chunks)
-
-    def _load(self, client: ShardClient, messages: Iterable[shard_pb2.LoadRequest | bytes]) -> None:
-        with self._inbox.explaining(2 * self._config.rpc.reconnect_seconds):
-            client.load(messages)
-
-    def _pull(
-        self, client: ShardClient, content: shard_pb2.Content
-    ) -> Iterator[shard_pb2.PullResponse]:
-        with self._inbox.explaining(2 * self._config.rpc.reconnect_seconds):
-            yield from client.pull(content)
-
-    def _pull_extras(self) -> None:
-        extras = self._extras()
-        received = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in extras.items()}
-        missing = set(received)
-        for response in self._pull(self._clients[0], shard_pb2.CONTENT_BUFFERS):
-            if response.WhichOneof("message") == "buffer":
-                name = response.buffer.spec.name
-                if name not in received:
-                    raise MismatchError(
-                        f"the job's model has {name!r}, which this worker's model lacks: build "
-                        "the same model on every worker"
-                    )
-                codec.write_chunk(response.buffer, received[name])
-                missing.discard(name)
-        if missing:
-            raise MismatchError(
-                f"this worker's model has {sorted(missing)}, which the job's model lacks: build "
-                "the same model on every worker"
-            )
-        with torch.no_grad():
-            for name, tensor in extras.items():
-                tensor.copy_(received[name])
+            for client in self._clients.values():
+                self._values.load(client, cut_state(self._plan, client.index, state))
 
     # -- Listener: called by the threads that read the streams -------------------------------------
 

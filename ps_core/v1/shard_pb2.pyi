@@ -71,12 +71,14 @@ class WorkerId(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class ParameterSpec(_message.Message):
-    __slots__ = ("tensor", "group")
+    __slots__ = ("tensor", "group", "stage")
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
     tensor: _tensor_pb2.TensorSpec
     group: int
-    def __init__(self, tensor: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., group: _Optional[int] = ...) -> None: ...
+    stage: int
+    def __init__(self, tensor: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., group: _Optional[int] = ..., stage: _Optional[int] = ...) -> None: ...
 
 class RealList(_message.Message):
     __slots__ = ("values",)
