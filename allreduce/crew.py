@@ -92,8 +92,8 @@ class Crew:
 
     @property
     def is_first(self) -> bool:
-        """This worker has the lowest rank of all members."""
-        return self._config.cluster.rank == self.ranks[0]
+        """This worker has the lowest rank of all members, or is in the replica of that one."""
+        return self._config.cluster.rank // self._num_stages == self.replicas[0]
 
     def gather(self, record: Record) -> Gathering:
         """Tell all members, and hear from all. Does not block."""

@@ -7,6 +7,7 @@ groups are left alone, and a group that has lost a member is dropped as a whole.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,14 +45,18 @@ class PeerLostError(ShardlineError):
     """A member is gone, or has kept the others waiting for too long: the group is broken."""
 
 
+def _in_short(error: RuntimeError) -> str:
+    """Without the place in torch's source in front, and the advice behind."""
+    return re.sub(r"^\[\S+\] |\. This is typically .*|\n.*", "", str(error), flags=re.DOTALL)
+
+
 @contextlib.contextmanager
 def _noticing(doing: str) -> Iterator[None]:
     """torch says RuntimeError whenever a peer or the store is gone."""
     try:
         yield
     except RuntimeError as error:
-        first_line = str(error).partition("\n")[0]
-        raise PeerLostError(f"while {doing}: {first_line}") from error
+        raise PeerLostError(f"while {doing}: {_in_short(error)}") from error
 
 
 class Pending:

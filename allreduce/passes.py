@@ -178,7 +178,7 @@ class Passes:
             if current is None and each.number == self.num_ended[each.loader]:
                 current = self._begin(each.loader, each, BEGINNING)
             if current is not None and each.number == current.number:
-                _check_same(each.loader, current, each.num_positions, each.unit)
+                _check_same(each.loader, current, each.num_positions, each.unit, each.is_shared)
                 current.used.add(each.positions)
                 current.has_progress = True
 
@@ -229,14 +229,19 @@ class Passes:
 
     def _check(self, loader: int, spec: PassSpec, current: Pass) -> None:
         unit = spec.global_batch_size or spec.batch_size
-        _check_same(loader, current, spec.num_positions, unit)
+        _check_same(loader, current, spec.num_positions, unit, bool(spec.global_batch_size))
 
 
-def _check_same(loader: int, current: Pass, num_positions: int, unit: int) -> None:
-    if (num_positions, unit) != (current.num_positions, current.unit):
+def _check_same(loader: int, current: Pass, num_positions: int, unit: int, is_shared: bool) -> None:
+    here = _reads(num_positions, unit, is_shared)
+    there = _reads(current.num_positions, current.unit, current.is_shared)
+    if here != there:
         raise UsageError(
-            f"workers read loader {loader} differently: {num_positions} samples in batches of "
-            f"{unit}, and {current.num_positions} in batches of {current.unit}. With strategy "
+            f"workers read loader {loader} differently: {here}, and {there}. With strategy "
             "allreduce give every worker the same dataset and batch_size; global_batch_size "
             "shares out updates by speed"
         )
+
+
+def _reads(num_positions: int, unit: int, is_shared: bool) -> str:
+    return f"{num_positions} samples in {'updates' if is_shared else 'batches'} of {unit}"

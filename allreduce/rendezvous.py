@@ -79,8 +79,10 @@ def missing(
 class Rendezvous:
     """One worker's place in the generations of a job."""
 
-    def __init__(self, config: Config, device: str) -> None:
-        """Connects to the store. Raises JobFailedError when it cannot be reached."""
+    def __init__(self, config: Config, device: str, replica: int | None = None) -> None:
+        """Connects to the store. Raises JobFailedError when it cannot be reached. With a `replica`
+        its stages meet, all of them in every generation; otherwise all workers.
+        """
         self._config = config
         cluster = config.cluster
         self.host, port = split_address(cluster.rendezvous)
@@ -95,7 +97,15 @@ class Rendezvous:
                 timeout=timedelta(seconds=config.rpc.connect_timeout_seconds),
             )
             self._store = PrefixStore(_prefix(cluster.attempt), self._root)
+            scope = "workers" if replica is None else f"replica {replica}"
+            self._meetings = PrefixStore(scope, self._store)
             self._pulse = PrefixStore(_prefix(cluster.attempt), self._root.clone())  # type: ignore[attr-defined]  # its stubs lack it
+        stages = config.pipeline.stages
+        self._needs_all = replica is not None
+        first = (replica or 0) * stages
+        self._ranks = (
+            range(first, first + stages) if self._needs_all else range(cluster.num_workers)
+        )
         self.generation = 0
         self.members: tuple[Member, ...] = ()
         self._num_beats = 0
@@ -134,7 +144,7 @@ class Rendezvous:
             was_member = self.generation > 0 and bool(self.members) and self.me in self.members
             while True:
                 self.generation += 1
-                members = self._wait(expected, is_first=self.generation == 1)
+                members = self._wait(expected)
                 if self.me in members:
                     self.members = members
                     return
@@ -147,21 +157,21 @@ class Rendezvous:
 
     def _skip_sealed(self) -> None:
         """Another process may have been a member before."""
-        while self._store.check([f"sealed/{self.generation + 1}"]):
+        while self._meetings.check([f"sealed/{self.generation + 1}"]):
             self.generation += 1
         if self.generation:
             self.members = self._sealed(self.generation)
 
-    def _wait(self, expected: Sequence[Member], *, is_first: bool) -> tuple[Member, ...]:
+    def _wait(self, expected: Sequence[Member]) -> tuple[Member, ...]:
         """Arrive at `generation`, and wait until it is sealed."""
         self._arrive()
         watch = _Watch(self._store, expected, self._config)
         started, pause = time.monotonic(), _POLL_SECONDS[0]
-        while not self._store.check([f"sealed/{self.generation}"]):
+        while not self._meetings.check([f"sealed/{self.generation}"]):
             self._check_end()
             waited = time.monotonic() - started
             arrived = newest(self._arrivals())
-            if is_first:
+            if self._needs_all or self.generation == 1:
                 complete = self._is_first_complete(arrived, waited)
             else:
                 complete = self._is_complete(watch, expected, arrived, waited)
@@ -173,8 +183,7 @@ class Rendezvous:
         return self._sealed(self.generation)
 
     def _is_first_complete(self, arrived: dict[int, Member], waited: float) -> bool:
-        ranks = range(self._config.cluster.num_workers)
-        absent = [rank for rank in ranks if rank not in arrived]
+        absent = [rank for rank in self._ranks if rank not in arrived]
         if absent and waited > self._config.membership.join_timeout_seconds:
             raise JoinTimeoutError(
                 f"workers {', '.join(map(str, absent))} have not come within {waited:.0f} s "
@@ -208,23 +217,23 @@ class Rendezvous:
         return len(arrived) >= need
 
     def _arrive(self) -> None:
-        number = self._store.add(f"arrivals/{self.generation}", 1)
-        self._store.set(f"arrival/{self.generation}/{number}", str(self.me))
+        number = self._meetings.add(f"arrivals/{self.generation}", 1)
+        self._meetings.set(f"arrival/{self.generation}/{number}", str(self.me))
 
     def _arrivals(self) -> Iterator[Member]:
-        count = self._store.add(f"arrivals/{self.generation}", 0)
+        count = self._meetings.add(f"arrivals/{self.generation}", 0)
         for number in range(1, count + 1):
             key = f"arrival/{self.generation}/{number}"
-            if self._store.check([key]):
-                yield Member.parse(self._store.get(key).decode())
+            if self._meetings.check([key]):
+                yield Member.parse(self._meetings.get(key).decode())
 
     def _seal(self, members: Iterable[Member]) -> None:
         """The first one counts."""
         text = "\n".join(map(str, sorted(members, key=lambda each: each.rank)))
-        self._store.compare_set(f"sealed/{self.generation}", "", text)
+        self._meetings.compare_set(f"sealed/{self.generation}", "", text)
 
     def _sealed(self, generation: int) -> tuple[Member, ...]:
-        lines = self._store.get(f"sealed/{generation}").decode().splitlines()
+        lines = self._meetings.get(f"sealed/{generation}").decode().splitlines()
         return tuple(map(Member.parse, lines))
 
     # -- Around them -------------------------------------------------------------------------------
@@ -236,12 +245,32 @@ class Rendezvous:
 
     def group_store(self) -> Store:
         """For the process groups of this generation."""
-        return PrefixStore(f"group/{self.generation}", self._store)
+        return PrefixStore(f"group/{self.generation}", self._meetings)
 
     def has_guest(self) -> bool:
         """Whether somebody waits to be let in."""
         with self._reaching():
-            return self._store.add(f"arrivals/{self.generation + 1}", 0) > 0
+            return self._meetings.add(f"arrivals/{self.generation + 1}", 0) > 0
+
+    def tell(self, key: str, value: bytes) -> None:
+        """Say something that others wait for."""
+        with self._reaching():
+            self._store.set(key, value.hex())
+
+    def knows(self, key: str) -> bool:
+        """Whether somebody has said it already."""
+        with self._reaching():
+            return bool(self._store.check([key]))
+
+    def hear(self, key: str, seconds: float) -> bytes:
+        """What somebody tells. Raises JobFailedError when nobody does in time."""
+        deadline = time.monotonic() + seconds
+        with self._reaching():
+            while not self._store.check([key]):
+                if time.monotonic() > deadline:
+                    raise JobFailedError(f"no worker has told the {key} within {seconds:g} s")
+                time.sleep(_POLL_SECONDS[1])
+            return bytes.fromhex(self._store.get(key).decode())
 
     def agree(self, key: str, value: bytes) -> bytes:
         """What the first worker of the job said for `key`."""

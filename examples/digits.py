@@ -1,7 +1,9 @@
 """Read handwritten digits: a small CNN on the 1797 scans of 8x8 pixels that scikit-learn brings.
 
-    python examples/digits.py                                    # alone, in this process
-    shardline run --shards 2 --workers 2 examples/digits.py      # two workers share every update
+    python examples/digits.py                                      # alone, in this process
+    shardline run --shards 2 --workers 2 examples/digits.py        # two workers share every update
+    shardline run --strategy allreduce --workers 2 examples/digits.py             # without shards
+    shardline run --workers 2 --stages 2 examples/digits.py          # each has half of the layers
 
 Plain PyTorch, except for the lines that say `session`.
 """
@@ -36,10 +38,9 @@ def cnn() -> nn.Sequential:
     )
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of the images that the model reads correctly."""
-    with torch.no_grad():
-        return float((model(images).argmax(dim=1) == labels).double().mean())
+    return float((logits.argmax(dim=1).cpu() == labels).double().mean())
 
 
 def main() -> None:
@@ -54,32 +55,36 @@ def main() -> None:
 
     with shardline.connect() as session:
         torch.manual_seed(session.seed)
-        model = cnn().to(session.device)
+        with session.model():
+            model = cnn().to(session.device)
         optimizer = session.optimizer(torch.optim.AdamW(model.parameters(), lr=args.lr), model)
         schedule = session.scheduler(lambda o: CosineAnnealingLR(o, T_max=args.epochs))
-        loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
+        train_step = session.step(model, nn.CrossEntropyLoss(label_smoothing=0.1))
 
         loader = session.loader(
             TensorDataset(images[train], labels[train]),
             batch_size=max(1, args.batch_size // session.world_size),
         )
-        held_out = images[test].to(session.device), labels[test].to(session.device)
 
         for _ in session.epochs(args.epochs):
-            for x, y in loader:
-                loss = loss_fn(model(x.to(session.device)), y.to(session.device))
-                loss.backward()
+            for batch in loader:
+                loss = train_step(batch)
                 optimizer.step()
                 optimizer.zero_grad()
-                session.log(loss=loss.item())
+                if loss is not None:  # this worker has the last layers
+                    session.log(loss=loss)
             schedule.step()
             if session.rank == 0:
-                session.log(accuracy=accuracy(model, *held_out))
+                logits = session.evaluate(model, images[test])
+                if logits is not None:
+                    session.log(accuracy=accuracy(logits, labels[test]))
 
-        final = accuracy(model, *held_out)
-        session.report(accuracy=final)
-        if session.rank == 0:
-            print(f"held-out accuracy {final:.4f}")
+        logits = session.evaluate(model, images[test])
+        if logits is not None:
+            final = accuracy(logits, labels[test])
+            session.report(accuracy=final)
+            if session.rank == 0:
+                print(f"held-out accuracy {final:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Write Python one character at a time: a small GPT that reads Python's own standard library.
 
-    python examples/gpt.py                                    # alone, in this process
-    shardline run --shards 2 --workers 2 examples/gpt.py      # two workers share every update
+    python examples/gpt.py                                       # alone, in this process
+    shardline run --shards 2 --workers 2 examples/gpt.py         # two workers share every update
+    shardline run --shards 2 --workers 4 --stages 2 examples/gpt.py   # two times two half models
 
 Plain PyTorch, except for the lines that say `session`.
 """
@@ -9,6 +10,7 @@ Plain PyTorch, except for the lines that say `session`.
 import argparse
 import string
 import sysconfig
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -64,20 +66,33 @@ class Block(nn.Module):
         return x
 
 
-class GPT(nn.Module):
-    """The mean loss, in nats per character, of foretelling the successor of each character."""
+class Embedding(nn.Module):
+    """Indices of characters (batch, context) in, features (batch, context, width) out."""
 
-    def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
+    def __init__(self, width: int, context: int) -> None:
         super().__init__()
         self.characters = nn.Embedding(len(ALPHABET), width)
         self.positions = nn.Parameter(torch.randn(context, width))
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(ALPHABET))
 
-    def forward(self, text: Tensor, successors: Tensor) -> Tensor:
-        x = self.blocks(self.characters(text) + self.positions)
-        logits = self.head(self.norm(x))  # (batch, context, alphabet)
-        return F.cross_entropy(logits.flatten(0, 1), successors.flatten())
+    def forward(self, text: Tensor) -> Tensor:
+        features: Tensor = self.characters(text) + self.positions
+        return features
+
+
+def gpt(layers: int, width: int, heads: int, context: int) -> nn.Sequential:
+    """Logits (batch, context, alphabet) of the successor of each character."""
+    return nn.Sequential(
+        OrderedDict(
+            embedding=Embedding(width, context),
+            blocks=nn.Sequential(*(Block(width, heads) for _ in range(layers))),
+            head=nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(ALPHABET))),
+        )
+    )
+
+
+def mean_loss(logits: Tensor, successors: Tensor) -> Tensor:
+    """In nats per character."""
+    return F.cross_entropy(logits.flatten(0, 1), successors.to(logits.device).flatten())
 
 
 def main() -> None:
@@ -87,8 +102,10 @@ def main() -> None:
 
     with shardline.connect() as session:
         torch.manual_seed(session.seed)
-        model = GPT(args.layers, args.width, args.heads, args.context).to(session.device)
+        with session.model():
+            model = gpt(args.layers, args.width, args.heads, args.context).to(session.device)
         optimizer = session.optimizer(torch.optim.AdamW(model.parameters(), lr=args.lr), model)
+        train_step = session.step(model, mean_loss)
         # The learning rate climbs for a twentieth of the steps, then goes straight down to zero.
         schedule = session.scheduler(
             lambda optimizer: LambdaLR(
@@ -102,21 +119,22 @@ def main() -> None:
         loader = session.loader(windows, batch_size=batch_size)
 
         for _ in session.epochs(1):
-            for x, y in loader:
-                loss = model(x.to(session.device), y.to(session.device))
-                loss.backward()
+            for batch in loader:
+                loss = train_step(batch)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-                session.log(loss=loss.item())
+                if loss is not None:  # this worker has the last layers
+                    session.log(loss=loss)
 
         held_out = DataLoader(evenly_spaced(text[cut:], args.context, 512), batch_size=64)
-        with torch.no_grad():
-            losses = [model(x.to(session.device), y.to(session.device)).item() for x, y in held_out]
-        final = sum(losses) / len(losses)
-        session.report(loss=final, steps=args.steps)
-        if session.rank == 0:
-            print(f"held-out loss {final:.4f} nats per character")
+        outputs = [(session.evaluate(model, x), y) for x, y in held_out]
+        losses = [mean_loss(logits, y).item() for logits, y in outputs if logits is not None]
+        if losses:
+            final = sum(losses) / len(losses)
+            session.report(loss=final, steps=args.steps)
+            if session.rank == 0:
+                print(f"held-out loss {final:.4f} nats per character")
 
 
 if __name__ == "__main__":

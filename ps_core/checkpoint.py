@@ -4,11 +4,34 @@ sees half a file.
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Final
 
 import torch
-from safetensors.torch import save_file
+
+from ps_core.tensors import bytes_of
+
+_DTYPES: Final = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.bool: "BOOL",
+}
 
 
 def write_model(model: torch.nn.Module, path: Path) -> None:
@@ -17,24 +40,59 @@ def write_model(model: torch.nn.Module, path: Path) -> None:
     Weights that several names share are written once; the header's metadata says `tied.<name>` =
     the name they are under. `safetensors.torch.load_model(model, path)` reads the file back.
     """
+    tensors, metadata = distinct_tensors(model)
+    whole = (tensor.detach().cpu().contiguous() for tensor in tensors.values())
+    write_tensors(path, tensors, whole, metadata)
+
+
+def distinct_tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The model's tensors by their first names, and what the file says of the other names."""
     tensors: dict[str, torch.Tensor] = {}
     metadata = {"format": "pt"}
     first_name: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         original = first_name.setdefault(id(tensor), name)
         if original == name:
-            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[name] = tensor
         else:
             metadata[f"tied.{name}"] = original
+    return tensors, metadata
+
+
+def write_tensors(
+    path: Path,
+    like: Mapping[str, torch.Tensor],
+    tensors: Iterable[torch.Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write contiguous `tensors` of the host one after the other, under the names of `like`, which
+    has their types and shapes. None of them is needed any more once the next is asked for.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata)
-        temporary.chmod(0o644)  # safetensors makes it readable by its owner only
-        _sync(temporary)
+        with temporary.open("wb") as file:
+            file.write(_header(like, metadata))
+            for tensor in tensors:
+                file.write(bytes_of(tensor))
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _header(like: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """As https://github.com/huggingface/safetensors, "Format", says."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in like.items():
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        shape, offsets = list(tensor.shape), [start, end]
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the elements are aligned
+    return len(text).to_bytes(8, "little") + text
 
 
 def _sync(path: Path) -> None:

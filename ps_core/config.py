@@ -252,6 +252,11 @@ def _validate_cluster(config: Config) -> None:
             f"membership.min_workers = {config.membership.min_workers} is above "
             f"cluster.num_workers = {cluster.num_workers}"
         )
+    if 0 < len(shards) < stages:
+        raise ConfigError(
+            f"pipeline.stages = {stages} is above the number of shards, {len(shards)}: each stage "
+            "has shards of its own"
+        )
     if cluster.rendezvous:
         split_address(cluster.rendezvous)
     if shards:

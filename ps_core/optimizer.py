@@ -25,7 +25,7 @@ from ps_core.exchange import (
     Work,
 )
 from ps_core.optim_spec import SCALAR_STATE, Hyperparameters, read_groups
-from ps_core.plan import Plan
+from ps_core.plan import Plan, num_stages
 
 
 class JobExchange(Exchange, Peers, DataLeases, OptimizerState, Protocol):
@@ -169,8 +169,9 @@ class ExchangeOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's own format, gathered from where the state lives. Any one worker may call it,
-        between its steps.
+        between its steps. Raises UsageError for a model that is split.
         """
+        self._check_whole("state_dict")
         packed = super().state_dict()
         state = self._exchange.read_state()
         packed["state"] = {
@@ -183,6 +184,7 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         every worker. The job of a worker that joins later has gone on from there: no state is
         replaced, and hyperparameters are unless a `session.scheduler` has brought them forward.
         """
+        self._check_whole("load_state_dict")
         groups = self.param_groups
         super().load_state_dict({**state_dict, "state": {}})
         self._inner.param_groups = self.param_groups
@@ -194,6 +196,10 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         }
         if self._write(state) and self._observer.is_scheduled:
             self._inner.param_groups = self.param_groups = groups
+
+    def _check_whole(self, what: str) -> None:
+        if num_stages(self._plan.parameters) > 1:
+            raise UsageError(f"{what} needs the whole model in one place: train without --stages")
 
     def _write(self, state: StateByParameter) -> bool:
         """Replace the job's state, once; whoever does so may die of it, and then it is the next

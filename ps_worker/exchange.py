@@ -113,7 +113,7 @@ class ParameterServerExchange:
         if self._enter(codec.encode_job(describe_job(self._config, plan, optimizer))):
             self._values.load_initial()
         met = self._wait_for_all(Arrival(Purpose.START, 0))
-        if met.refreshed:
+        if met.refreshed and self._replica is None:
             self._values.pull_extras()
         position = dialogue.decode_position(met.position) if met.HasField("position") else None
         return Start(met.step, met.chosen, position)

@@ -192,7 +192,7 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--shards",
         type=_count("shards hold the parameters; without any, use --strategy allreduce"),
         metavar="N",
-        help="processes that hold the parameters [1; none with --strategy allreduce]",
+        help="processes that hold the parameters [1, or one for each stage]",
     )
     parser.add_argument("--run-dir", dest="job.run_dir", metavar="DIR", help=_RUN_DIR_HELP)
     parser.add_argument("--threads", dest="worker.threads", metavar="N", help=_THREADS_HELP)
@@ -298,7 +298,7 @@ def _run(arguments: argparse.Namespace) -> int:
         Launch(
             script=arguments.script,
             arguments=tuple(arguments.arguments),
-            num_shards=(arguments.shards or 1) if uses_shards else 0,
+            num_shards=(arguments.shards or settings.pipeline.stages) if uses_shards else 0,
             config=settings,
         ),
         screen_for(sys.stdout),

@@ -93,7 +93,9 @@ def _spec(parameter: torch.nn.Parameter, name: str | None, group: int) -> Parame
 
 
 def extras(model: torch.nn.Module, trained: set[int]) -> Mapping[str, torch.Tensor]:
-    """Buffers and untrained parameters, which every worker has but no shard updates."""
+    """Buffers and untrained parameters, which every worker has but no shard updates. Those of other
+    workers' stages have no memory here.
+    """
     extras = dict(model.named_buffers())
     extras |= {name: p for name, p in model.named_parameters() if id(p) not in trained}
-    return extras
+    return {name: tensor for name, tensor in extras.items() if not tensor.is_meta}

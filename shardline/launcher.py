@@ -46,7 +46,7 @@ def run(launch: Launch, screen: Screen) -> int:
     directory = run_directory.create(launch.config.job.run_dir, launch.script, time.time())
     ports = free_ports(2 * launch.num_shards + launch.num_workers + 1)
     rendezvous_port = ports.pop()
-    if launch.strategy == "allreduce":
+    if launch.needs_rendezvous:
         launch = with_rendezvous(launch, rendezvous_port)
     job_id = f"{launch.job_name}-{secrets.token_hex(3)}"
     specs = plan(launch, job_id, directory.path, ports, _num_cpus())

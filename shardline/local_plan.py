@@ -33,7 +33,12 @@ class Launch:
     @property
     def strategy(self) -> str:
         """Where updates are made."""
-        return "allreduce" if self.config.strategy == "allreduce" else "parameter-server"
+        return "parameter-server" if self.num_shards else "allreduce"
+
+    @property
+    def needs_rendezvous(self) -> bool:
+        """Whether workers speak to each other."""
+        return self.strategy == "allreduce" or self.config.pipeline.stages > 1
 
     @property
     def num_workers(self) -> int:

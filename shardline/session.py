@@ -7,10 +7,11 @@ import random
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
@@ -30,11 +31,15 @@ from shardline.attendance import Attendance
 from shardline.description import choose_device, extras, farewell, job_spec, reason, trained
 from shardline.journal import Journal
 from shardline.loader import LOADERS_PER_LOOP, Loader, Place, Requests, read_spec
+from shardline.model_steps import Loss, TrainStep, WholeModel, inputs_of
 from shardline.preemption import Preemption
 from shardline.records import Scalar
 from shardline.schedules import S, Schedules
 from shardline.steps import Steps
 from shardline.strategies import check_strategy, make_exchange
+
+if TYPE_CHECKING:
+    from shardline.staging import Staging
 
 
 def _say(text: str) -> None:
@@ -79,8 +84,12 @@ class Session:
     def __init__(self, config: Config) -> None:
         """Does not connect: that happens in `optimizer`."""
         self.config = config
-        self.rank = config.cluster.rank
-        self.world_size = config.cluster.num_workers
+        counted = config.by_replica().cluster
+        self.rank = counted.rank
+        """Of this worker among all; with --stages, of its replica of the model among all."""
+        self.world_size = counted.num_workers
+        self.stage = config.cluster.rank % config.pipeline.stages
+        """Which part of its replica's model this worker has."""
         self.seed = config.job.seed
         self.device = choose_device(config.worker.device, config.cluster)
         if config.worker.threads:
@@ -93,8 +102,13 @@ class Session:
         metrics = WorkerMetrics(self.rank, len(config.cluster.shards))
         self._preemption = Preemption(config.worker.grace_seconds)
         self._is_alone = config.strategy == "alone"
+        self._staging = _stage(config, self.device)
         self.exchange: JobExchange = make_exchange(
-            config, self.device, metrics, self._preemption.is_requested
+            config,
+            self.device,
+            metrics,
+            self._preemption.is_requested,
+            self._staging.replica if self._staging else None,
         )
         self._run_dir = Path(config.job.run_dir) if config.job.run_dir else None
         self._journal = self._open_journal()
@@ -103,7 +117,12 @@ class Session:
             self._attendance.bind(self.exchange)
         self._schedules = Schedules()
         self._steps = Steps(
-            metrics, self._journal, self._attendance, self._schedules.counts, self._preemption.check
+            metrics,
+            self._journal,
+            self._attendance,
+            self._schedules.counts,
+            self._preemption.check,
+            counts_samples=self.stage == 0,
         )
         self._requests = Requests(self._leases)
         self._num_loaders = 0
@@ -143,16 +162,20 @@ class Session:
             raise UsageError("session.optimizer was called twice: a session trains one model")
         spec = job_spec(optimizer, max_grad_norm, self.config.consistency)
         parameters, specs = trained(optimizer, model)
-        exchange = self.config.exchange
-        num_shards = max(1, len(self.config.cluster.shards))
+        if self._staging is not None:
+            self._staging.replica.connect()
+            parameters, specs = self._staging.place(model, optimizer, parameters, specs)
+        exchange, stages = self.config.exchange, self.config.pipeline.stages
+        num_shards = max(stages, len(self.config.cluster.shards))
         plan = make_plan(specs, num_shards, exchange.part_bytes, exchange.bucket_bytes)
-        buckets = make_buckets(plan, parameters)
+        buckets = make_buckets(plan, parameters, self.stage)
         theirs = {id(parameter) for parameter in parameters}
         self._model = model
         start = self._start = self.exchange.join(plan, buckets, spec, lambda: extras(model, theirs))
         for bucket in buckets:
             bucket.accept()
-        self._steps.watch(parameters, self.exchange)
+        own = [parameter for bucket in buckets for parameter in bucket.members]
+        self._steps.watch(own, self.exchange)
         self._optimizer = self._wrap(optimizer, plan, buckets, spec, max_grad_norm)
         self._attendance.bind(self.exchange, self._optimizer)
         if start.position is not None:
@@ -182,6 +205,40 @@ class Session:
             nonfinite=self.config.worker.nonfinite,
             max_grad_norm=None if spec.max_grad_norm else max_grad_norm,
         )
+
+    def model(self) -> AbstractContextManager[object]:
+        """`with session.model(): model = …` builds the model; with --stages it then has no memory
+        until `optimizer` gives some to this worker's layers. Its parameters begin with the values
+        that they have without this.
+        """
+        return self._staging.building() if self._staging else contextlib.nullcontext()
+
+    def split(
+        self, *, at: Sequence[str | int] | None = None, like: torch.Tensor | None = None
+    ) -> None:
+        """With --stages: cut the model before the layers `at`, by name or index, or so that every
+        stage takes as long as the others on inputs `like` these; by default so that all have as
+        many parameters. Call it before `optimizer`.
+        """
+        if self._staging is not None:
+            self._staging.split(at, like)
+
+    def step(self, model: torch.nn.Module, loss_fn: Loss) -> TrainStep:
+        """Forward and backward of the whole model: a callable that takes a batch, the inputs and
+        last the target, leaves gradients where `optimizer.step()` finds them, and returns the loss,
+        or None on a worker without the last layers. `loss_fn(output, target)` is a mean over the
+        samples.
+        """
+        runner = self._staging or WholeModel(model, self.device)
+        return partial(runner.train, loss_fn=loss_fn)
+
+    def evaluate(
+        self, model: torch.nn.Module, batch: torch.Tensor | Sequence[torch.Tensor]
+    ) -> torch.Tensor | None:
+        """The model's output for its inputs, without gradients; None on a worker without the last
+        layers. All workers of a replica must call it.
+        """
+        return (self._staging or WholeModel(model, self.device)).evaluate(inputs_of(batch))
 
     def scheduler(self, make: Callable[[torch.optim.Optimizer], S]) -> S:
         """`make(optimizer)`, a scheduler of torch. On a worker that has joined a running job it is
@@ -250,8 +307,12 @@ class Session:
             )
         return self.exchange
 
-    def mean(self, value: float | torch.Tensor, weight: float = 1.0) -> float:
-        """The weighted mean over all workers, which must all call this. Blocks until they have."""
+    def mean(self, value: float | torch.Tensor | None, weight: float = 1.0) -> float:
+        """The weighted mean over all workers, which must all call this; None is no value. Blocks
+        until they have.
+        """
+        if value is None:
+            value, weight = 0.0, 0.0
         if self.world_size > 1 and self._model is None:
             raise UsageError(
                 "session.mean needs the other workers: call session.optimizer(...) first"
@@ -290,6 +351,8 @@ class Session:
                 self.exchange.close(farewell(failure), reason(failure))
                 raise
             finally:
+                if self._staging is not None:
+                    self._staging.replica.close(well=error is None)
                 self._preemption.close()
                 self._attendance.release()
                 self._steps.close()
@@ -303,6 +366,17 @@ class Session:
         if self._model is not None:
             meeting = self._attendance.meet(Purpose.CLOSE)
             if meeting.chosen and self._run_dir is not None:
-                write_model(self._model, self._run_dir / "model.safetensors")
+                write = self._staging.write_model if self._staging else write_model
+                write(self._model, self._run_dir / "model.safetensors")
         self._journal.end(self._steps.num_steps, self._reported)
         self.exchange.close()
+
+
+def _stage(config: Config, device: torch.device) -> Staging | None:
+    """With --stages: this worker's place in its replica of the model."""
+    if config.pipeline.stages == 1:
+        return None
+    from shardline.replica import StageOfReplica  # these import torch's compiler
+    from shardline.staging import Staging
+
+    return Staging(config, device, StageOfReplica(config, device))

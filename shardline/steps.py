@@ -42,10 +42,14 @@ class Steps:
         attendance: Attendance,
         count_schedules: Callable[[], tuple[int, ...]],
         check_preempted: Callable[[], None],
+        *,
+        counts_samples: bool = True,
     ) -> None:
         """`attendance` is told about every step; `count_schedules` says how often each scheduler
-        has been stepped; `check_preempted` raises Preempted.
+        has been stepped; `check_preempted` raises Preempted. Without `counts_samples` another
+        worker counts the same samples.
         """
+        self._counts_samples = counts_samples
         self._metrics = metrics
         self._journal = journal
         self._attendance = attendance
@@ -196,14 +200,15 @@ class Steps:
         loader to raise it.
         """
         self._metrics.spent("exchange", exchange_seconds)
-        self._metrics.finished_step(samples)
+        counted = samples if self._counts_samples else 0
+        self._metrics.finished_step(counted)
         if not outcome.applied and not samples:
             self._metrics.nonfinite_step()
         elif not outcome.applied:
             self._metrics.refused_step()
         self._attendance.step_taken()
         self.num_steps += 1
-        self.num_samples += samples
+        self.num_samples += counted
         self._journal.step(self._attendance.point.data_epoch, outcome.version, self.num_samples)
         if self._brings_own_data:
             self._check_preempted()

@@ -8,6 +8,7 @@ import torch
 
 from allreduce.exchange import AllReduceExchange
 from ps_core.errors import ConfigError
+from ps_core.exchange import Replica
 from ps_core.local import LocalExchange
 from ps_core.metrics import WorkerMetrics
 from ps_core.optimizer import JobExchange
@@ -30,6 +31,23 @@ def check_strategy(config: Config) -> None:
             "strategy allreduce needs cluster.rendezvous: start the script with `shardline run "
             "--strategy allreduce` or torchrun"
         )
+    _check_stages(config)
+
+
+def _check_stages(config: Config) -> None:
+    if config.pipeline.stages == 1:
+        return
+    if not config.cluster.rendezvous:
+        raise ConfigError(
+            "the stages of a pipeline need cluster.rendezvous to find each other: start the script "
+            "with `shardline run --stages`"
+        )
+    consistency = config.consistency
+    if consistency.mode == "local" or consistency.backup_workers:
+        raise ConfigError(
+            "a pipeline trains in modes sync, bounded and async, without backup workers: choose "
+            "one, or leave out --stages"
+        )
 
 
 def make_exchange(
@@ -37,14 +55,15 @@ def make_exchange(
     device: torch.device,
     metrics: WorkerMetrics,
     is_preempted: Callable[[], bool],
+    replica: Replica | None,
 ) -> JobExchange:
     """The exchange of the configured strategy, not connected yet. `is_preempted`: it may leave its
-    waits.
+    waits. `replica`: this worker has a stage of it.
     """
     if config.strategy == "allreduce":
         return AllReduceExchange(config, device)
     if config.strategy == "alone":
         return LocalExchange()
-    shared = ParameterServerExchange(config, metrics)
+    shared = ParameterServerExchange(config.by_replica(), metrics, replica)
     shared.leave_when(is_preempted)
     return shared

@@ -1,0 +1,61 @@
+"""Forward and backward of a model, whole or split, behind one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ps_core.errors import UsageError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Batch = Sequence[Tensor]
+"""The model's inputs, and last the target."""
+
+
+class TrainStep(Protocol):
+    """What `session.step` returns."""
+
+    def __call__(self, batch: Batch) -> Tensor | None:
+        """Add the gradients of the batch's mean loss to the parameters' `.grad`. Returns the loss,
+        without graph; None on a worker that does not have the last layers.
+        """
+        ...
+
+
+class WholeModel:
+    """A model that this worker has all of."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+
+    def train(self, batch: Batch, loss_fn: Loss) -> Tensor:
+        """Forward and backward."""
+        *inputs, target = (tensor.to(self._device) for tensor in batch)
+        loss = loss_fn(self._model(*inputs), target)
+        loss.backward()
+        return loss.detach()
+
+    def evaluate(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Forward, without gradients."""
+        with torch.no_grad():
+            output: Tensor = self._model(*(tensor.to(self._device) for tensor in inputs))
+        return output
+
+
+def inputs_of(batch: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """The model's inputs, of which there may be one."""
+    return (batch,) if isinstance(batch, Tensor) else batch
+
+
+def only_input(inputs: Sequence[Tensor]) -> Tensor:
+    """Of a model that is split, whose layers hand one tensor to the next."""
+    if len(inputs) != 1:
+        raise UsageError(
+            f"a model that is split takes one input, and this batch has {len(inputs)}: put them "
+            "into one tensor, or train without --stages"
+        )
+    return inputs[0]

@@ -1,0 +1,99 @@
+"""The workers of one replica of a model that is split: how they find and speak to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from allreduce.group import Group, PeerLostError, Wiring
+from allreduce.rendezvous import Rendezvous
+from allreduce.sharing import share_bytes
+from pipeline.group import connect, disconnect
+from ps_core.errors import EvictedError
+from ps_core.settings import Config
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class StageOfReplica:
+    """This worker among them. Implements ps_core.exchange.Replica."""
+
+    group: ProcessGroup
+    """For the pipeline."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        """Does not connect yet."""
+        self.num_stages = config.pipeline.stages
+        self.index, self.stage = divmod(config.cluster.rank, self.num_stages)
+        self._config = config
+        self._device = device
+        self._channel: Group | None = None
+
+    def connect(self) -> None:
+        """Blocks until all are there, within bounds. Raises JoinTimeoutError, JobFailedError."""
+        config, timeout = self._config, self._config.allreduce.timeout_seconds
+        self.rendezvous = rendezvous = Rendezvous(config, self._device.type, self.index)
+        rendezvous.meet()
+        store, host = rendezvous.group_store(), rendezvous.own_host
+        size = self.num_stages
+        with _noticing():
+            self._channel = Group(Wiring(store, self.stage, size, 1, host, False, timeout))
+        self.group = connect(
+            store,
+            self.stage,
+            size,
+            backend="nccl" if self._device.type == "cuda" else "gloo",
+            timeout_seconds=timeout,
+            prefix="pipeline",
+            host=host,
+        )
+
+    def share(self, data: bytes) -> bytes:
+        """See Replica."""
+        with _noticing():
+            return share_bytes(self._connected, 0, data)
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """See Replica."""
+        with _noticing():
+            rows = self._connected.gather([1.0 + len(numbers), *numbers]).wait()
+        return [row[1 : int(row[0])] for row in rows]
+
+    def fetch(self, tensor: torch.Tensor, stage: int) -> torch.Tensor:
+        """One stage's `tensor`, which has the same shape and type on all; a copy on the host."""
+        host = tensor.detach().cpu().contiguous()
+        with _noticing():
+            flat = host.view(-1).view(torch.uint8)
+            self._connected.broadcast(flat, stage).wait()
+        return host
+
+    def close(self, *, well: bool) -> None:
+        """Leave: well, when all do; otherwise the others notice at once. Idempotent."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            if well:
+                disconnect(self.group)
+            else:
+                self.group.abort()
+            channel.close()
+            self.rendezvous.close()
+
+    @property
+    def _connected(self) -> Group:
+        assert self._channel is not None, "connect comes first"
+        return self._channel
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    try:
+        yield
+    except PeerLostError as error:
+        raise EvictedError(
+            f"another worker of this replica of the model is gone ({error}): all of them start "
+            "again together"
+        ) from error
