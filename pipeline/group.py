@@ -14,6 +14,9 @@ from torch._C._distributed_c10d import PrefixStore, Store, Work
 from ps_core.errors import JobFailedError, UsageError
 
 
+PipelineGroup = dist.ProcessGroup
+
+
 class _GlooGroup(dist.ProcessGroup):
     """A group that frees its sockets and threads on `abort`, whoever still refers to it.
 

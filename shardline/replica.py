@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
 from allreduce.group import Group, PeerLostError, Wiring
 from allreduce.rendezvous import Rendezvous
 from allreduce.sharing import share_bytes
-from pipeline.group import connect, disconnect
+from pipeline.group import PipelineGroup, connect, disconnect
 from ps_core.errors import EvictedError
 from ps_core.settings import Config
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class StageOfReplica:
     """This worker among them. Implements ps_core.exchange.Replica."""
 
-    group: ProcessGroup
+    group: PipelineGroup
     """For the pipeline."""
 
     def __init__(self, config: Config, device: torch.device) -> None:

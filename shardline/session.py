@@ -92,23 +92,17 @@ class Session:
         """Which part of its replica's model this worker has."""
         self.seed = config.job.seed
         self.device = choose_device(config.worker.device, config.cluster)
-        if config.worker.threads:
-            torch.set_num_threads(config.worker.threads)
-        torch.manual_seed(self.seed + self.rank)
-        random.seed(self.seed + self.rank)
+        _prepare_torch(config.worker.threads, self.seed + self.rank)
         self._endpoint: Endpoint | None = start_endpoint(config.metrics.host, config.metrics.port)
         if self._endpoint and not config.metrics.port:
             _say(f"metrics at {self._endpoint.url}")
-        metrics = WorkerMetrics(self.rank, len(config.cluster.shards))
+        metrics = WorkerMetrics(config.cluster.rank, len(config.cluster.shards))
         self._preemption = Preemption(config.worker.grace_seconds)
         self._is_alone = config.strategy == "alone"
         self._staging = _stage(config, self.device)
+        replica = self._staging.replica if self._staging else None
         self.exchange: JobExchange = make_exchange(
-            config,
-            self.device,
-            metrics,
-            self._preemption.is_requested,
-            self._staging.replica if self._staging else None,
+            config, self.device, metrics, self._preemption.is_requested, replica
         )
         self._run_dir = Path(config.job.run_dir) if config.job.run_dir else None
         self._journal = self._open_journal()
@@ -116,14 +110,7 @@ class Session:
         if self._is_alone:
             self._attendance.bind(self.exchange)
         self._schedules = Schedules()
-        self._steps = Steps(
-            metrics,
-            self._journal,
-            self._attendance,
-            self._schedules.counts,
-            self._preemption.check,
-            counts_samples=self.stage == 0,
-        )
+        self._steps = self._make_steps(metrics)
         self._requests = Requests(self._leases)
         self._num_loaders = 0
         self._start = Start(0, chosen=True)
@@ -131,9 +118,20 @@ class Session:
         self._reported: dict[str, Scalar] = {}
         self._model: torch.nn.Module | None = None
 
+    def _make_steps(self, metrics: WorkerMetrics) -> Steps:
+        return Steps(
+            metrics,
+            self._journal,
+            self._attendance,
+            self._schedules.counts,
+            self._preemption.check,
+            counts_samples=self.stage == 0,
+        )
+
     def _open_journal(self) -> Journal:
         try:
-            return Journal(self._run_dir, self.rank, self.exchange.traffic, secrets.token_hex(8))
+            rank, token = self.config.cluster.rank, secrets.token_hex(8)
+            return Journal(self._run_dir, rank, self.exchange.traffic, token)
         except OSError as error:
             raise ConfigError(
                 f"cannot write to the run directory {self._run_dir} ({error.strerror}): set "
@@ -370,6 +368,14 @@ class Session:
                 write(self._model, self._run_dir / "model.safetensors")
         self._journal.end(self._steps.num_steps, self._reported)
         self.exchange.close()
+
+
+def _prepare_torch(num_threads: int, seed: int) -> None:
+    """For this whole process."""
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    torch.manual_seed(seed)
+    random.seed(seed)
 
 
 def _stage(config: Config, device: torch.device) -> Staging | None:
