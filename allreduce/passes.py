@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from allreduce.record import Reading
 from ps_core.errors import UsageError
@@ -75,9 +76,9 @@ class Pass:
     def free(self, without: Iterable[range] = ()) -> list[range]:
         """What nobody has used."""
         free = Ranges([range(self.num_positions)])
-        for positions in (*self.used, *without):
+        for positions in chain(self.used, without):
             free.remove(positions)
-        return list(free)
+        return list(iter(free))  # list(free) would make room for as many ranges as positions
 
     def take(self, member: int) -> range | None:
         """The next unit of a member that has any left."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -215,15 +216,13 @@ class ParameterServerExchange:
         if self._closed:
             return
         self._closed = True
-        for index, client in sorted(self._clients.items(), reverse=True):
-            # A shard that is gone, or a job that has failed: there is nobody to say goodbye to.
-            with contextlib.suppress(ShardlineError):
-                if index == _LEAD and farewell is Farewell.FINISHED:
-                    self._lead.finish()
-                client.leave(farewell, failure)
-        if _LEAD not in self._clients and farewell is Farewell.FINISHED:
-            with contextlib.suppress(ShardlineError):
-                self._lead.finish()
+        others = [client for index, client in self._clients.items() if index != _LEAD]
+        for client in reversed(others):
+            _say_goodbye(partial(client.leave, farewell, failure))
+        if self._clients and farewell is Farewell.FINISHED:
+            _say_goodbye(self._lead.finish)
+        if _LEAD in self._clients:
+            _say_goodbye(partial(self._clients[_LEAD].leave, farewell, failure))
         if self._heartbeat is not None:
             self._heartbeat.close()
         for client in self._clients.values():
@@ -359,3 +358,9 @@ class ParameterServerExchange:
         self._versions[part.index] = message.step
         self._metrics.pulled(shard, part.num_bytes)
         self._inbox.arrived(part.index, mark)
+
+
+def _say_goodbye(say: Callable[[], None]) -> None:
+    """To a shard that may be gone, or of a job that may have failed: then there is nobody to."""
+    with contextlib.suppress(ShardlineError):
+        say()
