@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,7 @@ from ps_core.exchange import (
     Traffic,
     Work,
 )
+from ps_core.group_metrics import AllReduceMetrics
 from ps_core.job import describe_job, first_difference
 from ps_core.leases import PassSpec
 from ps_core.memory import keep_freed_memory
@@ -82,6 +84,7 @@ class AllReduceExchange:
         self._crew: Crew | None = None
         self._granted: deque[Grant] = deque()
         self._has_warned = False
+        self._metrics = AllReduceMetrics(self._rank)
 
     # -- Exchange ----------------------------------------------------------------------------------
 
@@ -104,7 +107,7 @@ class AllReduceExchange:
         self._agreed = crew.agreed
         self._check_job(crew, plan, optimizer)
         crew.enter(Held(self._replica, buckets, extras))
-        self._count_received()
+        self._count_formed()
         is_running = crew.rendezvous.generation > 1
         position = self._agreed.whereabouts.position if is_running else None
         return Start(self._agreed.version, crew.is_first, position)
@@ -119,7 +122,8 @@ class AllReduceExchange:
                 f"{difference}"
             )
 
-    def _count_received(self) -> None:
+    def _count_formed(self) -> None:
+        self._metrics.formed(self._joined.rendezvous.generation, len(self._joined.ranks))
         if self._joined.has_received:
             self.traffic.pulled_bytes += self._num_bytes
 
@@ -206,6 +210,7 @@ class AllReduceExchange:
                 self._make_update(table)
             except PeerLostError as lost:
                 log.warning("a worker is gone (%s)", lost)
+                self._metrics.lost()
                 if self._form_again(self._round.record):
                     return self._recall()
                 self._begin_again()
@@ -217,7 +222,9 @@ class AllReduceExchange:
         if current.table is None:
             if current.gathering is None:
                 raise PeerLostError("the group is broken")
+            started = time.perf_counter()
             rows = current.gathering.wait()
+            self._metrics.waited("wait", time.perf_counter() - started)
             heard = zip(self._joined.ranks, map(records.decode, rows), strict=True)
             current.table = Table(dict(heard), self._num_stages)
         return current.table
@@ -233,7 +240,7 @@ class AllReduceExchange:
 
     def _form_again(self, pending: Record | None, leavers: Sequence[int] = ()) -> bool:
         is_completed = self._joined.form_again(pending, leavers)
-        self._count_received()
+        self._count_formed()
         return is_completed
 
     def _recall(self) -> Table:
@@ -247,7 +254,10 @@ class AllReduceExchange:
         if table.writer is not None:
             self._joined.share_state(table.writer)
         if table.has_step and table.total:
+            started = time.perf_counter()
             self._issue(table, all_of_them=True)
+            self._replica.collect()
+            self._metrics.waited("reduce", time.perf_counter() - started)
             self._replica.update(self._agree_on_groups(table))
             for bucket in self._buckets:
                 bucket.accept()

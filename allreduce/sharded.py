@@ -78,9 +78,12 @@ class ShardedReplica:
         ]
         self._summation.started(wire, sums)
 
-    def update(self, hyperparameters: Sequence[Hyperparameters]) -> None:
+    def collect(self) -> None:
         """See Replica."""
         self._summation.finish()
+
+    def update(self, hyperparameters: Sequence[Hyperparameters]) -> None:
+        """See Replica."""
         self._clip()
         for bucket, piece, optimizer in self._own:
             present = [_is_present(bucket, each.parameter) for each in piece.part.slices]

@@ -19,8 +19,8 @@ from ps_core.updater import Updater
 class Replica(Protocol):
     """The parameters and the optimizer of a job, as far as one worker has them.
 
-    A round is `issue` for every bucket, in the same order on all workers, and then `update`. All
-    raise PeerLostError; then nothing has changed but gradients.
+    A round is `issue` for every bucket, in the same order on all workers, then `collect` and
+    `update`. All raise PeerLostError; then nothing has changed but gradients.
     """
 
     def connect(self, group: Group) -> None:
@@ -31,8 +31,12 @@ class Replica(Protocol):
         """Begin to add up a bucket's gradients times `weight`. Does not block."""
         ...
 
+    def collect(self) -> None:
+        """Wait for all that was issued."""
+        ...
+
     def update(self, hyperparameters: Sequence[Hyperparameters]) -> None:
-        """Wait for all that was issued, and apply it."""
+        """Apply it."""
         ...
 
     def gather_state(self) -> StateByParameter:
@@ -114,9 +118,12 @@ class WholeReplica:
         wire = self._summation.load(bucket, weight)
         self._summation.started(wire, [self._summation.group.add_up(wire.buffer)])
 
-    def update(self, hyperparameters: Sequence[Hyperparameters]) -> None:
+    def collect(self) -> None:
         """See Replica."""
         self._summation.finish()
+
+    def update(self, hyperparameters: Sequence[Hyperparameters]) -> None:
+        """See Replica."""
         self._updater.set_hyperparameters(hyperparameters)
         self._updater.step()
 

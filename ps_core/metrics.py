@@ -39,7 +39,7 @@ from ps_core.errors import (
 Phase = Literal["data", "forward", "backward", "exchange"]
 
 # From one small part on one core to a step that waits for the slowest of many workers.
-_SECONDS: Final = (
+SECONDS: Final = (
     *(0.0001, 0.00025, 0.0005),
     *(0.001, 0.0025, 0.005),
     *(0.01, 0.025, 0.05),
@@ -64,7 +64,7 @@ _STEP_SECONDS: Final = Histogram(
     "shardline_step_seconds",
     "Time that a worker spent in one phase of a step.",
     ["worker", "phase"],
-    buckets=_SECONDS,
+    buckets=SECONDS,
     registry=REGISTRY,
 )
 _STEPS: Final = Counter(
@@ -156,7 +156,7 @@ _APPLY_SECONDS: Final = Histogram(
     "shardline_apply_seconds",
     "Time that the optimizer took for one part.",
     ["shard"],
-    buckets=_SECONDS,
+    buckets=SECONDS,
     registry=REGISTRY,
 )
 _WORKER_CLOCK: Final = Gauge(
@@ -182,7 +182,7 @@ _QUORUM_WAIT_SECONDS: Final = Histogram(
     "shardline_quorum_wait_seconds",
     "Time from the first to the last worker of an update.",
     ["shard"],
-    buckets=_SECONDS,
+    buckets=SECONDS,
     registry=REGISTRY,
 )
 _LIVE_WORKERS: Final = Gauge(

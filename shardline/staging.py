@@ -26,6 +26,7 @@ from pipeline.step import PipelineStep
 from pipeline.timing import layer_seconds
 from ps_core.checkpoint import distinct_tensors, write_tensors
 from ps_core.errors import UsageError
+from ps_core.group_metrics import PipelineMetrics
 from ps_core.plan import ParameterSpec
 from ps_core.settings import Config
 from shardline.model_steps import Batch, Loss, only_input
@@ -55,6 +56,8 @@ class Staging:
         stages = config.pipeline.stages
         self._num_microbatches = given or default_microbatches(self._schedule, stages)
         check_microbatches(self._schedule, stages, self._num_microbatches)
+        own = stages_of(self._schedule, replica.stage, stages)
+        self._metrics = PipelineMetrics(config.cluster.rank, own)
 
     # -- Before training ---------------------------------------------------------------------------
 
@@ -149,7 +152,17 @@ class Staging:
     def train(self, batch: Batch, loss_fn: Loss) -> Tensor | None:
         """Forward and backward through all stages; the loss on the worker with the last layers."""
         *inputs, target = batch
-        return self._ready(only_input(inputs), target, loss_fn)
+        pipeline = self._ready
+        loss = pipeline(only_input(inputs), target, loss_fn)
+        times = pipeline.last
+        if times is not None:
+            self._metrics.step(
+                times.forward_seconds,
+                times.backward_seconds,
+                times.bubble_fraction,
+                times.activation_bytes,
+            )
+        return loss
 
     def evaluate(self, inputs: Sequence[Tensor]) -> Tensor | None:
         """Forward through all stages; the output on the worker with the last layers."""
