@@ -360,6 +360,11 @@ class Keeper:
         self.port: int = self._root.port
         self._store = PrefixStore(_prefix(0), self._root)
 
+    @property
+    def has_failed(self) -> bool:
+        """A worker has said that the job has failed for everybody."""
+        return bool(self._store.check(["failed"]))
+
     def ended(self, rank: int, pid: int) -> None:
         """A worker's process has ended: nobody need wait for it."""
         self._store.set(gone_key(rank, pid), "1")

@@ -168,6 +168,7 @@ class _Run:
         for process, code in ended:
             if self._keeper is not None:
                 self._keeper.ended(process.index, self._children[process].pid)
+                self._supervisor.is_hopeless = self._keeper.has_failed
             self._supervisor.exited(process, code, now)
 
     def _newly_ended(self) -> list[tuple[ProcessId, int]]:

@@ -2,7 +2,8 @@
 which signal when. No processes and no clock here.
 
 - All workers end with 0: the shards end by themselves; after a while they are told to.
-- A worker fails or is preempted: it is started again, as far as `Restarts` allows.
+- A worker fails or is preempted: it is started again, as far as `Restarts` allows; not if the
+  workers themselves have said that the job has failed.
 - A shard fails, or a worker once too often: the others get a moment to notice and to say so, then
   they are told to end.
 - The shards end with 0 while a worker is still there (it hung, and the others have finished without
@@ -132,6 +133,7 @@ class Supervisor:
     num_preemptions: int = 0
     interrupted: Signals | None = None
     finished: set[int] = field(default_factory=set)  # ranks that have written their last record
+    is_hopeless: bool = False  # the workers have said that the job has failed
     _waiting: dict[ProcessId, _Waiting] = field(default_factory=dict)
     _steps: list[_Step] = field(default_factory=list)
     _since: float = 0.0
@@ -204,7 +206,7 @@ class Supervisor:
             self._fail(ended, now, self.notice_seconds)
         elif self._job_is_complete():
             return
-        elif ended.code == WRONG_USAGE:
+        elif ended.code == WRONG_USAGE or self.is_hopeless:
             self._fail(ended, now, self.notice_seconds)
         elif again := self.restarts.ended(ended.process.index, ended.code, now):
             note = f"{ended}: starting it again ({again.why})"
