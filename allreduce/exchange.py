@@ -19,6 +19,7 @@ import torch
 
 from allreduce import hyperparameters as numbers_of
 from allreduce import record as records
+from allreduce.chronicle import Chronicle
 from allreduce.crew import Crew, Held
 from allreduce.group import Gathering, PeerLostError
 from allreduce.record import Call, Record
@@ -85,6 +86,7 @@ class AllReduceExchange:
         self._granted: deque[Grant] = deque()
         self._has_warned = False
         self._metrics = AllReduceMetrics(self._rank)
+        self._chronicle = Chronicle(config.job.run_dir, self._rank)
 
     # -- Exchange ----------------------------------------------------------------------------------
 
@@ -122,9 +124,14 @@ class AllReduceExchange:
                 f"{difference}"
             )
 
-    def _count_formed(self) -> None:
-        self._metrics.formed(self._joined.rendezvous.generation, len(self._joined.ranks))
-        if self._joined.has_received:
+    def _count_formed(self, leavers: Sequence[int] = ()) -> None:
+        crew, version = self._joined, self._agreed.version
+        self._metrics.formed(crew.rendezvous.generation, len(crew.ranks))
+        is_first = self._rank == crew.ranks[0]
+        members = crew.rendezvous.members
+        if self._chronicle.formed(members, leavers, version, is_first=is_first):
+            self._chronicle.caught_up(self._recall(), version)
+        if crew.has_received:
             self.traffic.pulled_bytes += self._num_bytes
 
     @property
@@ -178,6 +185,7 @@ class AllReduceExchange:
                 crew.rendezvous.fail(f"worker {self._rank}: {failure}")
             else:
                 self._leave(crew, farewell)
+        self._chronicle.close()
         crew.drop()
         crew.rendezvous.close()
 
@@ -240,7 +248,7 @@ class AllReduceExchange:
 
     def _form_again(self, pending: Record | None, leavers: Sequence[int] = ()) -> bool:
         is_completed = self._joined.form_again(pending, leavers)
-        self._count_formed()
+        self._count_formed(leavers)
         return is_completed
 
     def _recall(self) -> Table:
@@ -295,6 +303,7 @@ class AllReduceExchange:
                 Position(leader.point, leader.schedules, agreed.version, leader.point)
             )
             agreed.version += 1
+            self._chronicle.updated(table, agreed.version)
         for index, record in table.replicas.items():
             passes.measured(index, record.samples, record.compute_seconds)
         passes.use(table.readings())
@@ -316,7 +325,7 @@ class AllReduceExchange:
         if purpose is Purpose.EPOCH:
             agreed.goes_on = agreed.passes.goes_on(table.takers)
             if not agreed.goes_on:
-                agreed.passes.end()
+                self._chronicle.ended(agreed.passes.end())
 
     # -- Peers -------------------------------------------------------------------------------------
 

@@ -150,6 +150,8 @@ class Group:
         """Among those that share tensors."""
         self.sharing = range(wiring.index % stages, wiring.size, stages)
         """Who they are among all members."""
+        self.is_split = stages > 1
+        """The model is: other members have other parameters."""
         self.is_on_device = wiring.uses_nccl
         self._timeout_seconds = wiring.timeout_seconds
         self._all: _Backend | None = None

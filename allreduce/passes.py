@@ -25,7 +25,7 @@ from allreduce.record import Reading
 from ps_core.errors import UsageError
 from ps_core.exchange import Grant
 from ps_core.lease_pool import Units, shares
-from ps_core.leases import Lease, PassSpec
+from ps_core.leases import Lease, PassEnd, PassSpec
 from ps_core.point import BEGINNING, Point
 from ps_core.ranges import Ranges
 
@@ -208,13 +208,17 @@ class Passes:
         grant = self.request(*self._latest)
         return grant if grant.leases else None
 
-    def end(self) -> None:
-        """The passes are over. Rule 4."""
-        for loader, current in self.open.items():
+    def end(self) -> list[PassEnd]:
+        """The passes are over, with what is left of them. Rule 4."""
+        ends = []
+        for loader, current in sorted(self.open.items()):
+            left = tuple((each.start, each.stop) for each in current.free())
+            ends.append(PassEnd(loader, current.number, left))
             self.num_ended[loader] += 1
             self.ended[loader] = current.point
         self.open.clear()
         self._held.clear()
+        return ends
 
     def _begin(self, loader: int, reads: Reading, point: Point) -> Pass:
         current = Pass(reads.number, reads.num_positions, reads.unit, reads.is_shared, point)

@@ -92,13 +92,13 @@ class ShardedReplica:
         self._spread()
 
     def _clip(self) -> None:
-        """To the spec's norm, as torch.nn.utils.clip_grad_norm_ does."""
+        """To the spec's norm over all pieces of the model, as torch.nn.utils.clip_grad_norm_ does."""
         if self._spec.max_grad_norm is None:
             return
         own = [piece.of(bucket.gradients) for bucket, piece, _ in self._own]
         squares = sum((each.double().square().sum() for each in own), torch.zeros(()))
         total = squares.to("cpu", torch.float64).reshape(1)
-        self._group.add_up(total).wait()
+        self._group.add_up_everywhere(total).wait()
         factor = (self._spec.max_grad_norm / (total.sqrt() + 1e-6)).clamp(max=1.0).item()
         for each in own:
             each.mul_(factor)

@@ -125,7 +125,15 @@ class WholeReplica:
     def update(self, hyperparameters: Sequence[Hyperparameters]) -> None:
         """See Replica."""
         self._updater.set_hyperparameters(hyperparameters)
-        self._updater.step()
+        is_split = self._summation.group.is_split
+        self._updater.step(self._whole_norm if is_split else None)
+
+    def _whole_norm(self, norm: torch.Tensor) -> torch.Tensor:
+        """From that of one stage, which `size` members have, to that of all stages."""
+        group = self._summation.group
+        squares = norm.to("cpu", torch.float64).square()
+        group.add_up_everywhere(squares).wait()
+        return (squares / group.size).sqrt().to(norm)
 
     def gather_state(self) -> StateByParameter:
         """Everybody has all of it."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ps_core.buckets import Bucket
 from ps_core.exchange import StateByParameter
@@ -45,15 +46,20 @@ class Updater:
                 local_hyperparameters(self._spec.name, hyperparameters[index], group["params"])
             )
 
-    def step(self) -> None:
-        """Apply the gradients that are present, clipped to the spec's norm."""
+    def step(self, whole_norm: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        """Apply the gradients that are present, clipped to the spec's norm. `whole_norm`: from the
+        norm of these parameters' gradients to that of the whole model's, if there are others.
+        """
         for bucket in self._buckets:
             for parameter, gradient, present in zip(
                 bucket.parameter_views, bucket.gradient_views, bucket.present, strict=True
             ):
                 parameter.grad = gradient if present else None
         if self._spec.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._views.values(), self._spec.max_grad_norm)
+            views = list(self._views.values())
+            norm = get_total_norm([view.grad for view in views if view.grad is not None])
+            whole = norm if whole_norm is None else whole_norm(norm)
+            clip_grads_with_norm_(views, self._spec.max_grad_norm, whole)
         take_step(self._optimizer)
 
     def read_state(self) -> StateByParameter:

@@ -33,6 +33,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from ps_core.entries import Event, WorkerEvent
 from ps_core.errors import MismatchError
 from ps_core.exchange import Arrival, Grant, Position, Purpose
 from ps_core.leases import PassSpec
@@ -41,7 +42,7 @@ from ps_core.whereabouts import Whereabouts
 from ps_server.clip import Clip
 from ps_server.crew import Crew, State, Worker
 from ps_server.effects import Remains
-from ps_server.ledger import Event, Ledger, WorkerEvent
+from ps_server.ledger import Ledger
 from ps_server.orders import Complete, Effect, Factor, Failed, Membership, Met, Readmitted, Seal
 from ps_server.patience import Patience, awaited
 from ps_server.policy import Consistency

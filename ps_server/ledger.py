@@ -17,40 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ps_core.entries import Contribution, Entry, WorkerEvent
 from ps_core.exchange import Grant
-from ps_core.leases import Lease, LeaseBook, PassEnd, PassOpened, PassSpec
+from ps_core.leases import LeaseBook, PassSpec
 from ps_server.effects import Remains
-
-Event = Literal["joined", "evicted", "preempted", "failed", "finished"]
-
-
-@dataclass(frozen=True, slots=True)
-class Contribution:
-    """A worker's step has become part of the parameters, in full or in part."""
-
-    worker: int
-    incarnation: int
-    step: int
-    version: int
-    """The first version that includes it."""
-    samples: int
-    """Its weight; 0: the worker abstained."""
-    leases: tuple[Lease, ...]
-    state: Literal["applied", "in_part"]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerEvent:
-    """A worker has come or gone."""
-
-    worker: int
-    incarnation: int
-    event: Event
-    step: int
-    reason: str = ""
-
-
-Entry = Contribution | WorkerEvent | PassOpened | PassEnd
 
 
 @dataclass(slots=True)

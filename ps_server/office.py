@@ -13,6 +13,7 @@ from ps_core.job import Job
 from ps_core.lead_metrics import LeadMetrics
 from ps_core.leases import PassSpec, Totals
 from ps_core.settings import Config
+from ps_core.updates_log import UpdatesLog
 from ps_core.v1 import lead_pb2, shard_pb2
 from ps_server.control import Order, decode_remains, encode_order
 from ps_server.effects import Remains
@@ -25,7 +26,6 @@ from ps_server.outbox import Outbox
 from ps_server.policy import consistency_of
 from ps_server.stragglers import Stragglers, Verdict
 from ps_server.terms import Begin, Cause, Terms
-from ps_server.updates_log import UpdatesLog
 
 _RESERVED_SECONDS = 60.0
 """A worker that is started imports torch before it joins, which may take a while."""

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from ps_core.entries import Contribution, Entry
 from ps_core.exchange import Arrival, Grant, Position, Purpose
 from ps_core.job import Job
 from ps_core.leases import Lease, PassSpec
@@ -25,7 +26,6 @@ from ps_core.point import BEGINNING, Point
 from ps_core.settings import ConsistencyConfig
 from ps_server import effects, orders
 from ps_server.lead import Lead
-from ps_server.ledger import Contribution, Entry
 from ps_server.part import PartState
 from ps_server.policy import consistency_of
 from ps_server.shard import Shard

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ps_core import entries
 from ps_core.errors import ShardlineError
 from ps_core.exchange import Arrival, Grant, Position, Purpose
 from ps_core.job import Job
@@ -32,7 +33,7 @@ from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import ParameterSpec
 from ps_core.point import Point
 from ps_core.settings import ConsistencyConfig
-from ps_server import effects, ledger, orders
+from ps_server import effects, orders
 from ps_server.lead import Lead
 from ps_server.policy import consistency_of
 from ps_server.shard import Shard
@@ -449,14 +450,14 @@ def _positions(lease: Lease) -> str:
     return f"{lease.start}..{lease.start + lease.length}"
 
 
-def _show_entry(entry: ledger.Entry) -> str:
+def _show_entry(entry: entries.Entry) -> str:
     match entry:
-        case ledger.Contribution():
+        case entries.Contribution():
             what = f"version={entry.version} samples={entry.samples}"
             what += listed("leases", (lease.id for lease in entry.leases))
             process = show_member(entry.worker, Member(entry.incarnation, 0))
             return f"{entry.state} {process} step={entry.step} {what}"
-        case ledger.WorkerEvent(worker, incarnation, event, step, reason):
+        case entries.WorkerEvent(worker, incarnation, event, step, reason):
             process = show_member(worker, Member(incarnation, 0))
             return f"{event} {process} step={step}{f' ({reason})' * bool(reason)}"
         case PassOpened(loader, number, num_samples, dropped):

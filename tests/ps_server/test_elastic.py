@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ps_core.entries import WorkerEvent
 from ps_core.leases import PassEnd, PassOpened
 from ps_core.settings import ConsistencyConfig
-from ps_server.ledger import WorkerEvent
 from tests.ps_server.fleet import (
     LENGTH,
     LR,

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ps_core.entries import Contribution, WorkerEvent
 from ps_core.errors import ProtocolError
 from ps_core.leases import PassEnd, PassOpened, PassSpec
 from ps_server.effects import Remains
-from ps_server.ledger import Contribution, Ledger, WorkerEvent
+from ps_server.ledger import Ledger
 
 BOTH = frozenset({0, 1})
 ONE = PassSpec(num_samples=8, batch_size=1)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from ps_core.entries import Contribution, Entry, WorkerEvent
 from ps_core.errors import ConfigError
 from ps_core.leases import Lease, PassEnd, PassOpened
-from ps_server.ledger import Contribution, Entry, WorkerEvent
-from ps_server.updates_log import FILE_NAME, UpdatesLog
+from ps_core.updates_log import FILE_NAME, UpdatesLog
 from shardline.ledger import Balance, Ledger
 
 INCARNATION = 2**63 + 1

@@ -1,6 +1,6 @@
 """`updates.jsonl` in the run directory: what became of every sample and contribution.
 
-One JSON object per line, in the order of the lead's ledger; `kind` says which. Positions are those
+One JSON object per line, in the order in which it happened; `kind` says which. Positions are those
 of the pass's permutation, as ranges [start, stop).
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from ps_core.entries import Contribution, Entry, WorkerEvent
 from ps_core.errors import ConfigError
 from ps_core.leases import Lease, PassEnd, PassOpened
-from ps_server.ledger import Contribution, Entry, WorkerEvent
 
 FILE_NAME = "updates.jsonl"
 
