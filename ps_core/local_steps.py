@@ -79,6 +79,9 @@ class LocalStepsOptimizer(ExchangeOptimizer):
         self._pending: list[Work] = []
         """Of the inner steps since the last exchange."""
 
+    def begin_step(self) -> None:
+        """Nothing: only some steps exchange anything, and then it is no gradient."""
+
     def flush(self) -> None:
         """Exchange what has been done since the last exchange, if anything. Blocks until it is
         done.

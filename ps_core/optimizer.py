@@ -25,6 +25,7 @@ from ps_core.exchange import (
     Work,
 )
 from ps_core.optim_spec import SCALAR_STATE, Hyperparameters, read_groups
+from ps_core.overlap import Overlap
 from ps_core.plan import Plan, num_stages
 
 
@@ -37,6 +38,10 @@ class StepObserver(Protocol):
 
     def before_step(self) -> None:
         """The gradients are complete, the exchange has not begun. May wait for other workers."""
+        ...
+
+    def before_backward(self) -> None:
+        """As `before_step`, of a step that begins before its backward pass."""
         ...
 
     def take_work(self) -> Work:
@@ -103,6 +108,7 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         """The step that the next call of `step()` takes; the version of the parameters held."""
         self.num_skipped = 0
         """Steps this worker abstained from because its gradients were not finite."""
+        self._overlap = Overlap(buckets, self._hand_over)
         members = [p for group in inner.param_groups for p in group["params"]]
         self._untrained = [p for p in members if not p.requires_grad]
         self._torch_indices = [i for i, p in enumerate(members) if p.requires_grad]
@@ -127,12 +133,49 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         if samples is not None and samples < 1:
             raise UsageError(f"step(samples={samples}): a step needs at least one sample")
         self._observer.before_step()
+        if self._overlap.work is not None:
+            self._finish_step(self._overlap.work, samples)
+            return
         self._check_parameters()
         work = self._observer.take_work()
         self._take_step(replace(work, samples=samples or work.samples))
 
+    def begin_step(self) -> None:
+        """Open the next step before its backward pass, in which each bucket is handed over as soon
+        as its gradients are complete; `step()` follows. Does nothing where all gradients are needed
+        first: with `nonfinite` skip, or a norm for this worker's own gradient.
+        """
+        self._overlap.check_closed()
+        if self._nonfinite == "skip" or self._max_grad_norm is not None:
+            return
+        self._observer.before_backward()
+        self._check_parameters()
+        work = self._observer.take_work()
+        self._exchange.begin(self.next_step, work, read_groups(self))
+        self._overlap.begin(work)
+
+    def _hand_over(self, bucket: Bucket) -> None:
+        """Of a step that began before its backward pass."""
+        bucket.collect()
+        placement = bucket.first_nonfinite()
+        if placement is not None:
+            self._refuse_nonfinite("the gradient of", placement.parameter)
+        self._exchange.submit(bucket, self.next_step)
+
+    def _finish_step(self, work: Work, samples: int | None) -> None:
+        if getattr(self, "grad_scale", None) is not None or samples not in (None, work.samples):
+            raise UsageError(
+                "with session.step(…, overlap=True) gradients are sent before step() is called: a "
+                "GradScaler and step(samples=n) need overlap=False"
+            )
+        started = time.perf_counter()
+        self._overlap.end()
+        outcome = self._settle_step()
+        self._observer.after_step(outcome, work.samples, time.perf_counter() - started)
+
     def flush(self) -> None:
         """Exchange what steps have left for later: nothing, since every step exchanges."""
+        self._overlap.check_closed()
 
     def _take_step(self, work: Work) -> None:
         """Exchange the gradients, and tell the observer."""
@@ -149,12 +192,16 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         if work.samples:
             for bucket in reversed(self._buckets):
                 self._exchange.submit(bucket, self.next_step)
+        return self._settle_step()
+
+    def _settle_step(self) -> Outcome:
         outcome = self._exchange.settle(self.next_step)
         self.next_step = outcome.next_step
         return outcome
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients; samples of backward passes since the last step no longer count."""
+        self._overlap.check_closed()
         super().zero_grad(set_to_none)
         self._observer.gradients_cleared()
 

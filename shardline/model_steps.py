@@ -28,14 +28,19 @@ class TrainStep(Protocol):
 class WholeModel:
     """A model that this worker has all of."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, before_backward: Callable[[], None] | None
+    ) -> None:
         self._model = model
         self._device = device
+        self._before_backward = before_backward
 
     def train(self, batch: Batch, loss_fn: Loss) -> Tensor:
         """Forward and backward."""
         *inputs, target = (tensor.to(self._device) for tensor in batch)
         loss = loss_fn(self._model(*inputs), target)
+        if self._before_backward is not None:
+            self._before_backward()
         loss.backward()
         return loss.detach()
 

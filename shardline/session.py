@@ -221,14 +221,25 @@ class Session:
         if self._staging is not None:
             self._staging.split(at, like)
 
-    def step(self, model: torch.nn.Module, loss_fn: Loss) -> TrainStep:
+    def step(self, model: torch.nn.Module, loss_fn: Loss, *, overlap: bool = False) -> TrainStep:
         """Forward and backward of the whole model: a callable that takes a batch, the inputs and
         last the target, leaves gradients where `optimizer.step()` finds them, and returns the loss,
         or None on a worker without the last layers. `loss_fn(output, target)` is a mean over the
         samples.
+
+        With `overlap` gradients of a whole model are sent while backward still computes others:
+        `optimizer.step()` must then follow every call, with nothing in between that needs the other
+        workers; to accumulate gradients use it for the last batch only.
         """
-        runner = self._staging or WholeModel(model, self.device)
-        return partial(runner.train, loss_fn=loss_fn)
+        if self._staging is not None:
+            return partial(self._staging.train, loss_fn=loss_fn)
+        before_backward = self._begin_step if overlap else None
+        return partial(WholeModel(model, self.device, before_backward).train, loss_fn=loss_fn)
+
+    def _begin_step(self) -> None:
+        if self._optimizer is None:
+            raise UsageError("call session.optimizer(...) before the model is trained")
+        self._optimizer.begin_step()
 
     def evaluate(
         self, model: torch.nn.Module, batch: torch.Tensor | Sequence[torch.Tensor]
@@ -236,7 +247,8 @@ class Session:
         """The model's output for its inputs, without gradients; None on a worker without the last
         layers. All workers of a replica must call it.
         """
-        return (self._staging or WholeModel(model, self.device)).evaluate(inputs_of(batch))
+        runner = self._staging or WholeModel(model, self.device, None)
+        return runner.evaluate(inputs_of(batch))
 
     def scheduler(self, make: Callable[[torch.optim.Optimizer], S]) -> S:
         """`make(optimizer)`, a scheduler of torch. On a worker that has joined a running job it is

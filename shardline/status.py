@@ -16,6 +16,7 @@ from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
 from ps_worker.client import describe
 from shardline.display import duration, size
+from shardline.status_grid import grid_document, grid_table, num_stages
 
 _NAMES: Final = ("shard", "address", "phase", "worker", "state", "process")
 
@@ -54,7 +55,9 @@ def exit_code(shards: Sequence[Shard]) -> int:
 
 def document(shards: Sequence[Shard]) -> dict[str, object]:
     """The answers for programs, with the names of shard.proto."""
-    return {"shards": [_entry(shard) for shard in shards]}
+    answers = [shard.answer for shard in shards if shard.answer]
+    grid = {"grid": grid_document(answers)} if num_stages(answers) > 1 else {}
+    return {"shards": [_entry(shard) for shard in shards], **grid}
 
 
 def _entry(shard: Shard) -> dict[str, object]:
@@ -90,8 +93,11 @@ def _phase_name(number: int) -> str:
 
 
 def picture(shards: Sequence[Shard]) -> Group:
-    """The answers for people: a row per shard, one per worker, the samples, then what is wrong."""
-    workers = _worker_table(shards)
+    """The answers for people: a row per shard, one per worker or replica, the samples, then what is
+    wrong.
+    """
+    answers = [shard.answer for shard in shards if shard.answer]
+    workers = grid_table(answers) if num_stages(answers) > 1 else _worker_table(shards)
     lines = [Text(line, overflow="fold") for line in (*_samples(shards), *_problems(shards))]
     return Group(_shard_table(shards), *([workers] if workers.row_count else []), *lines)
 

@@ -60,6 +60,8 @@ class Steps:
         """Loader → the batch that the script has now, before the backward pass."""
         self._used: list[_Batch] = []
         self._skipped: list[_Batch] = []
+        self._is_early = False
+        """The step in progress began before its backward pass."""
         self._brings_own_data = False
         """Of the step in progress: its gradients are of no loader's batch."""
         self._yielded: Counter[int] = Counter()
@@ -154,6 +156,8 @@ class Steps:
     def _on_backward(self, gradient: torch.Tensor) -> None:
         """The first gradient of a backward pass, which ends the forward phase."""
         self._use_fresh()
+        if self._is_early:
+            return
         self._backward_at = time.perf_counter()
         if self._batch_at:
             self._metrics.spent("forward", self._backward_at - self._batch_at)
@@ -168,6 +172,21 @@ class Steps:
         if self._backward_at:
             self._metrics.spent("backward", now - self._backward_at)
         self._stop_computing(now)
+        self._is_early = False
+        self._enter_step()
+
+    def before_backward(self) -> None:
+        """The gradients are not there yet: the time that they take counts for the step after."""
+        self._use_fresh()
+        now = time.perf_counter()
+        if self._batch_at:
+            self._metrics.spent("forward", now - self._batch_at)
+        self._stop_computing(now)
+        self._enter_step()
+        self._batch_at = self._backward_at = time.perf_counter()
+        self._is_early = True
+
+    def _enter_step(self) -> None:
         self._attendance.ensure_member()
         self._give_back()
 
