@@ -259,13 +259,17 @@ def _by_parameter(by_name: Mapping[str, torch.Tensor]) -> dict[int, dict[str, to
 
 @torch.no_grad()
 def _copy_extras(own: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
-    if own.keys() != theirs.keys():
+    if differ := sorted({name for name, *_ in _kinds(own) ^ _kinds(theirs)}):
         raise MismatchError(
-            f"this worker's model and the others' differ in {sorted(own.keys() ^ theirs.keys())}: "
-            "build the same model on every worker"
+            f"this worker's model and the others' differ in {differ}: build the same model on "
+            "every worker"
         )
     for name, tensor in own.items():
         tensor.copy_(theirs[name])
+
+
+def _kinds(tensors: Mapping[str, torch.Tensor]) -> set[tuple[str, torch.dtype, torch.Size]]:
+    return {(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def _device_name(device: torch.device) -> str:

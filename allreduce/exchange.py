@@ -303,6 +303,7 @@ class AllReduceExchange:
                 Position(leader.point, leader.schedules, agreed.version, leader.point)
             )
             agreed.version += 1
+            self._joined.rendezvous.version = agreed.version
             self._chronicle.updated(table, agreed.version)
         for index, record in table.replicas.items():
             passes.measured(index, record.samples, record.compute_seconds)

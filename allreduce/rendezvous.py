@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,18 +89,21 @@ class Rendezvous:
         self.host, port = split_address(cluster.rendezvous)
         self.own_host = own_address(self.host, port)
         self.me = Member(cluster.rank, os.getpid(), secrets.token_hex(8), device)
+        keeps_store = cluster.serve_rendezvous and cluster.rank == 0
         with self._reaching():
+            if not keeps_store:
+                wait_for_listener(self.host, port, config.rpc.connect_timeout_seconds)
             self._root = TCPStore(
                 self.host,
                 port,
-                is_master=cluster.serve_rendezvous and cluster.rank == 0,
+                is_master=keeps_store,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=config.rpc.connect_timeout_seconds),
             )
-            self._store = PrefixStore(_prefix(cluster.attempt), self._root)
+            self._store = PrefixStore(store_prefix(cluster.attempt), self._root)
             scope = "workers" if replica is None else f"replica {replica}"
             self._meetings = PrefixStore(scope, self._store)
-            self._pulse = PrefixStore(_prefix(cluster.attempt), self._root.clone())  # type: ignore[attr-defined]  # its stubs lack it
+            self._pulse = PrefixStore(store_prefix(cluster.attempt), self._root.clone())  # type: ignore[attr-defined]  # its stubs lack it
         stages = config.pipeline.stages
         self._needs_all = replica is not None
         first = (replica or 0) * stages
@@ -108,6 +112,8 @@ class Rendezvous:
         )
         self.generation = 0
         self.members: tuple[Member, ...] = ()
+        self.version = 0
+        """Updates in this worker's parameters, for whoever looks from outside."""
         self._num_beats = 0
         self._heartbeat = Heartbeat(config.membership.heartbeat_seconds, self._beat)
 
@@ -115,7 +121,7 @@ class Rendezvous:
     def _reaching(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise JobFailedError(
                 f"the rendezvous at {self._config.cluster.rendezvous} cannot be reached: "
                 f"{str(error).partition(chr(10))[0]}"
@@ -124,7 +130,7 @@ class Rendezvous:
     def _beat(self) -> None:
         self._num_beats += 1
         try:
-            self._pulse.set(f"beat/{self.me.token}", str(self._num_beats))
+            self._pulse.set(beat_key(self.me.token), f"{self._num_beats} {self.version}")
         except RuntimeError:
             return  # the training thread will find that out, and say so
 
@@ -338,13 +344,28 @@ class _Watch:
         )
 
     def _beats_on(self, member: Member, waited: float) -> bool:
-        key = f"beat/{member.token}"
+        key = beat_key(member.token)
         beat = self._store.get(key) if self._store.check([key]) else b""
         last, since = self._beats.setdefault(member.token, (beat, waited))
         if beat != last:
             self._beats[member.token] = beat, waited
             return True
         return waited - since < self._silence_seconds
+
+
+def wait_for_listener(host: str, port: int, seconds: float) -> None:
+    """Until a process listens there: torch's store logs pages about one that does not. Raises
+    OSError.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(seconds, 1.0)).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_SECONDS[1])
 
 
 class Keeper:
@@ -358,7 +379,12 @@ class Keeper:
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"no rendezvous can be kept at {host}:{port}: {reason}") from error
         self.port: int = self._root.port
-        self._store = PrefixStore(_prefix(0), self._root)
+        self._store = PrefixStore(store_prefix(0), self._root)
+
+    def publish(self, settings: Mapping[str, str]) -> None:
+        """The variables with which another worker can join."""
+        lines = (f"{name}={value}" for name, value in settings.items())
+        self._store.set("settings", "\n".join(lines))
 
     @property
     def has_failed(self) -> bool:
@@ -370,5 +396,11 @@ class Keeper:
         self._store.set(gone_key(rank, pid), "1")
 
 
-def _prefix(attempt: int) -> str:
+def beat_key(token: str) -> str:
+    """What a process writes as long as it lives: a count, and the version that it has."""
+    return f"beat/{token}"
+
+
+def store_prefix(attempt: int) -> str:
+    """Of all keys of a job that was started again so many times."""
     return f"shardline/{attempt}"

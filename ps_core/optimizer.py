@@ -4,6 +4,7 @@ parameters.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from ps_core.exchange import (
     Outcome,
     Peers,
     Purpose,
+    Replica,
     StateByParameter,
     Work,
 )
@@ -89,9 +91,11 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         first_step: int,
         nonfinite: Literal["error", "skip"],
         max_grad_norm: float | None = None,
+        replica: Replica | None = None,
     ) -> None:
         """`buckets` hold the trained parameters of `inner` as `plan` says; the exchange has been
-        joined. `max_grad_norm`: this worker's own gradient is clipped to it.
+        joined. `max_grad_norm`: this worker's own gradient is clipped to it. `replica`: this is one
+        stage of it, and such a norm is that of all stages.
         """
         self._frozen = False
         super().__init__(inner.param_groups, inner.defaults)
@@ -104,6 +108,7 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         self._observer = observer
         self._nonfinite = nonfinite
         self._max_grad_norm = max_grad_norm
+        self._replica = replica
         self.next_step = first_step
         """The step that the next call of `step()` takes; the version of the parameters held."""
         self.num_skipped = 0
@@ -180,7 +185,7 @@ class ExchangeOptimizer(torch.optim.Optimizer):
     def _take_step(self, work: Work) -> None:
         """Exchange the gradients, and tell the observer."""
         started = time.perf_counter()
-        weight = work.samples if self._collect() else 0
+        weight = work.samples if self._agree(self._collect()) else 0
         self._clip()
         outcome = self._exchange_step(replace(work, samples=weight), read_groups(self))
         self.num_skipped += not weight
@@ -287,11 +292,20 @@ class ExchangeOptimizer(torch.optim.Optimizer):
             bucket.collect(factor)
         return not self._overflowed() and self._check_finite("the gradient of")
 
+    def _agree(self, is_finite: bool) -> bool:
+        """All stages of a replica abstain from a step, or none."""
+        if self._replica is None or self._nonfinite == "error":
+            return is_finite
+        return all(row[0] for row in self._replica.gather([float(is_finite)]))
+
     def _clip(self) -> None:
-        """As torch.nn.utils.clip_grad_norm_ does, over what was collected."""
+        """As torch.nn.utils.clip_grad_norm_ does, over what all stages have collected."""
         if self._max_grad_norm is not None:
             flat = [bucket.gradients for bucket in self._buckets]
             norm = torch.nn.utils.get_total_norm(flat)
+            if self._replica is not None:
+                norms = [row[0] for row in self._replica.gather([norm.item()])]
+                norm = norm.new_tensor(math.hypot(*norms))
             factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             for gradients in flat:
                 gradients.mul_(factor)

@@ -47,7 +47,7 @@ class ClusterConfig:
     local_rank: int = key(
         -1, "Which of its machine's devices this worker takes; -1: as its rank says.", low=-1
     )
-    rendezvous: str = key("", "`host:port` where all-reduce workers meet.")
+    rendezvous: str = key("", "`host:port` where all-reduce workers meet.", "--rendezvous")
     serve_rendezvous: bool = key(False, "The worker of rank 0 keeps the rendezvous itself.")
     attempt: int = key(0, "How often the whole job was started again before (torchrun).", low=0)
     elastic: bool = key(True, "`allreduce`: go on without a lost worker, and take in another.")

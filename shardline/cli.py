@@ -13,8 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -22,6 +23,9 @@ from rich.live import Live
 from ps_core import __version__, config
 from ps_core.errors import ConfigError, ShardlineError
 from ps_core.settings import Config
+
+if TYPE_CHECKING:
+    from shardline import status
 
 _RUN_KEYS: Final = (
     "job.strategy",
@@ -105,6 +109,7 @@ _WORKER_EXAMPLES: Final = """\
 examples:
   shardline worker --join 127.0.0.1:7000 train.py
   shardline worker --join 127.0.0.1:7000 --threads 2 --device cpu train.py --lr 0.1
+  shardline worker --rendezvous 127.0.0.1:29500 train.py
   shardline worker --insecure --join 10.0.0.4:7000,10.0.0.5:7000 train.py
 
 The first address is that of shard 0, which knows the rest; give all of them where they have other
@@ -118,12 +123,15 @@ _STATUS_EXAMPLES: Final = """\
 examples:
   shardline status --shards 127.0.0.1:7000,127.0.0.1:7001
   shardline status --shards 127.0.0.1:7000 --watch
+  shardline status --rendezvous 127.0.0.1:29500
   shardline status --shards 127.0.0.1:7000 --json | jq '.shards[].version'
 
 It ends with 0 when all shards have answered, 2 when it was used wrongly, and 3 when one could not
 be reached. The addresses of a run's shards are in cluster.json in its run directory.
 """
 _WORKERS_HELP: Final = "processes that run SCRIPT; up to MAX, with those that join by hand [2]"
+_RENDEZVOUS: Final = "cluster.rendezvous"
+_MEET_HELP: Final = "without shards: where workers meet [SHARDLINE_CLUSTER_RENDEZVOUS]"
 _RUN_DIR_HELP: Final = "folder for logs and results [runs/TIME-SCRIPT; SHARDLINE_JOB_RUN_DIR]"
 _METRICS_HELP: Final = "port of its /metrics; 0: a free one; -1: none [0; SHARDLINE_METRICS_PORT]"
 _THREADS_HELP: Final = "torch threads of each worker [CPUs / workers; SHARDLINE_WORKER_THREADS]"
@@ -205,7 +213,7 @@ def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "worker",
         help="add one worker to a job that runs",
         description="Run SCRIPT as one more worker of a job that runs.",
-        usage="%(prog)s [OPTION…] --join HOST:PORT[,…] SCRIPT [ARG…]",
+        usage="%(prog)s [OPTION…] (--join HOST:PORT[,…] | --rendezvous HOST:PORT) SCRIPT [ARG…]",
         epilog=_WORKER_EXAMPLES,
         **_LAYOUT,
     )
@@ -216,6 +224,7 @@ def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="HOST:PORT[,…]",
         help="address of shard 0, or of all shards [SHARDLINE_CLUSTER_SHARDS]",
     )
+    parser.add_argument("--rendezvous", dest=_RENDEZVOUS, metavar="HOST:PORT", help=_MEET_HELP)
     parser.add_argument("--metrics-port", dest="metrics.port", metavar="PORT", help=_METRICS_HELP)
     _add_config(parser, _WORKER_KEYS)
     _add_script(parser)
@@ -233,7 +242,7 @@ def _add_status(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "status",
         help="show what shards and workers are doing",
         description="Show what the shards of a job and their workers are doing.",
-        usage="%(prog)s [OPTION…] --shards HOST:PORT,…",
+        usage="%(prog)s [OPTION…] (--shards HOST:PORT,… | --rendezvous HOST:PORT)",
         epilog=_STATUS_EXAMPLES,
         **_LAYOUT,
     )
@@ -244,6 +253,7 @@ def _add_status(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="HOST:PORT,…",
         help="address of each shard [SHARDLINE_CLUSTER_SHARDS]",
     )
+    parser.add_argument("--rendezvous", dest=_RENDEZVOUS, metavar="HOST:PORT", help=_MEET_HELP)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON document, for programs")
     form.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
@@ -309,8 +319,11 @@ def _worker(arguments: argparse.Namespace) -> int:
     from shardline import joining  # each command loads only what it needs
 
     settings = _load(arguments)
-    if not settings.cluster.shards:
-        raise ConfigError("which job? Give the address of its shard 0: --join HOST:PORT")
+    if not (settings.cluster.shards or settings.cluster.rendezvous):
+        raise ConfigError(
+            "which job? Give the address of its shard 0, --join HOST:PORT, or where its workers "
+            "meet, --rendezvous HOST:PORT"
+        )
     joining.join(settings, arguments.script, arguments.arguments)
 
 
@@ -318,30 +331,41 @@ def _status(arguments: argparse.Namespace) -> int:
     from shardline import status  # each command loads only what it needs
 
     settings = _load(arguments)
-    if not settings.cluster.shards:
-        raise ConfigError("which shards? Give their addresses: --shards HOST:PORT,…")
-    if arguments.watch:
-        return _watch(settings)
-    shards = status.ask(settings)
-    if arguments.json:
-        _print(json.dumps(status.document(shards), indent=2))
+    if settings.cluster.shards:
+        ask = partial(status.report, settings)
+    elif settings.cluster.rendezvous:
+        ask = partial(_report_of_workers, settings)
     else:
-        _print(_text(status.picture(shards)))
-    return status.exit_code(shards)
+        raise ConfigError(
+            "which job? Give the addresses of its shards, --shards HOST:PORT,…, or where its "
+            "workers meet, --rendezvous HOST:PORT"
+        )
+    if arguments.watch:
+        return _watch(ask)
+    report = ask()
+    if arguments.json:
+        _print(json.dumps(report.document, indent=2))
+    else:
+        _print(_text(report.picture))
+    return report.exit_code
 
 
-def _watch(settings: Config) -> int:
+def _report_of_workers(settings: Config) -> "status.Report":
+    from shardline import worker_status  # imports torch
+
+    return worker_status.report(settings)
+
+
+def _watch(ask: "Callable[[], status.Report]") -> int:
     """Until Ctrl-C, which is how it is meant to end."""
-    from shardline import status
-
     with contextlib.suppress(KeyboardInterrupt):
         if not sys.stdout.isatty():
             while True:
-                _print(_text(status.picture(status.ask(settings))))
+                _print(_text(ask().picture))
                 time.sleep(_WATCH_SECONDS)
         with Live(auto_refresh=False) as live:
             while True:
-                live.update(status.picture(status.ask(settings)), refresh=True)
+                live.update(ask().picture, refresh=True)
                 time.sleep(_WATCH_SECONDS)
     return 0
 

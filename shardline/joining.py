@@ -18,7 +18,8 @@ _RUN_DIR: Final = f"{PREFIX}JOB_RUN_DIR"
 
 
 def join(config: Config, script: Path, arguments: Sequence[str]) -> NoReturn:
-    """Become a worker that runs `script`, in the job whose lead is the first of `cluster.shards`.
+    """Become a worker that runs `script`, in the job whose workers meet at `cluster.rendezvous`, or
+    else whose lead is the first of `cluster.shards`.
 
     Raises ShardUnreachableError, MismatchError when there is no room, and all that `environment`
     raises.
@@ -26,15 +27,31 @@ def join(config: Config, script: Path, arguments: Sequence[str]) -> NoReturn:
     if not script.is_file():
         raise ConfigError(f"there is no script {script}")
     check_addresses(config)
-    address = config.cluster.shards[0]
-    job = environment(client.describe(address, config.rpc), config)
-    rank = client.reserve(address, config.rpc)
+    job, rank = _place_among_workers(config) if config.cluster.rendezvous else _place(config)
     variables = inherited_environment() | job | {_RANK: str(rank)}
     if not Path(variables.get(_RUN_DIR, ".")).is_dir():  # it is on the machine of the others
         del variables[_RUN_DIR]
     sys.stderr.write(f"shardline: joining the job as worker {variables[_RANK]}\n")
     command = (sys.executable, "-u", str(script), *arguments)
     os.execve(sys.executable, command, variables)  # noqa: S606  # a shell would only be in the way
+
+
+def _place(config: Config) -> tuple[dict[str, str], int]:
+    """In a job with shards: its variables, and a rank."""
+    address = config.cluster.shards[0]
+    job = environment(client.describe(address, config.rpc), config)
+    return job, client.reserve(address, config.rpc)
+
+
+def _place_among_workers(config: Config) -> tuple[dict[str, str], int]:
+    """In an all-reduce job."""
+    from allreduce.visit import Visit  # imports torch
+
+    visit = Visit(config.cluster.rendezvous, config.rpc.call_timeout_seconds)
+    job = visit.settings()
+    cluster = load(environ=job).cluster
+    rank = visit.reserve(cluster.num_workers, cluster.num_ranks - cluster.num_workers)
+    return job | _own(config), rank
 
 
 def environment(lead: shard_pb2.DescribeResponse, own: Config) -> dict[str, str]:
@@ -45,10 +62,15 @@ def environment(lead: shard_pb2.DescribeResponse, own: Config) -> dict[str, str]
     _check(lead, own.cluster.shards[0])
     job = dict(lead.settings)
     job[_SHARDS] = ",".join(_addresses(own.cluster.shards, load(environ=job).cluster.shards))
-    mine = to_environment(Config(worker=own.worker, rpc=own.rpc, metrics=own.metrics))
-    if own.worker.threads:
-        mine["OMP_NUM_THREADS"] = str(own.worker.threads)
-    return job | mine
+    return job | _own(own)
+
+
+def _own(config: Config) -> dict[str, str]:
+    """The variables that are the new worker's own."""
+    mine = to_environment(Config(worker=config.worker, rpc=config.rpc, metrics=config.metrics))
+    if config.worker.threads:
+        mine["OMP_NUM_THREADS"] = str(config.worker.threads)
+    return mine
 
 
 def _check(lead: shard_pb2.DescribeResponse, address: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from ps_core.config import split_address
 from ps_core.errors import ConfigError, ShardlineError
-from shardline import curves, report, run_directory
+from shardline import curves, local_plan, report, run_directory
 from shardline.display import Screen
 from shardline.ledger import Balance
 from shardline.local_plan import Launch, plan, with_rendezvous
@@ -51,7 +51,7 @@ def run(launch: Launch, screen: Screen) -> int:
     job_id = f"{launch.job_name}-{secrets.token_hex(3)}"
     specs = plan(launch, job_id, directory.path, ports, _num_cpus())
     screen.note(report.opening(launch, job_id, directory))
-    if invitation := report.invitation(launch, specs[0].address or ""):
+    if invitation := report.invitation(launch, specs[0].address):
         screen.note(invitation)
     return _Run(launch, directory, screen, specs, job_id).to_its_end()
 
@@ -126,6 +126,7 @@ class _Run:
             from allreduce.rendezvous import Keeper  # most runs need no torch here
 
             self._keeper = Keeper(*split_address(address))
+            self._keeper.publish(local_plan.common_settings(self._specs))
 
     def _start(self, spec: ProcessSpec) -> None:
         child = self._children[spec.id] = Child(spec, self._directory.open_log(spec))

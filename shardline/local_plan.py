@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ps_core.config import inherited_environment, to_environment, validate
+from ps_core.config import PREFIX, inherited_environment, to_environment, validate
 from ps_core.settings import Config, JobConfig
 from shardline.processes import ProcessSpec
 from shardline.supervision import ProcessId
@@ -83,6 +83,14 @@ def plan(
         _spec(launch, _of_process(config, process, port, num_cpus), process)
         for process, port in zip(roles, ports[launch.num_shards :], strict=True)
     ]
+
+
+def common_settings(specs: Sequence[ProcessSpec]) -> dict[str, str]:
+    """The variables that all workers have in common."""
+    worker = next(spec for spec in specs if spec.id.role == "worker")
+    own = (f"{PREFIX}CLUSTER_RANK", f"{PREFIX}METRICS_PORT", f"{PREFIX}WORKER_THREADS")
+    environment = worker.environment.items()
+    return {name: v for name, v in environment if name.startswith(PREFIX) and name not in own}
 
 
 def _of_process(config: Config, process: ProcessId, metrics_port: int, num_cpus: int) -> Config:

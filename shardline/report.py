@@ -26,11 +26,12 @@ def opening(launch: Launch, job_id: str, directory: RunDirectory) -> str:
     return f"{job_id}: {workers}, {shards}; logs and results in {short(directory.path)}"
 
 
-def invitation(launch: Launch, lead: str) -> str:
-    """How others can join, if there is room for them; `lead` is the address of shard 0."""
-    if launch.num_ranks == launch.num_workers or not launch.num_shards:
+def invitation(launch: Launch, lead: str | None) -> str:
+    """How others can join, if there is room for them; `lead` is the address of shard 0, if any."""
+    if launch.num_ranks == launch.num_workers or launch.config.pipeline.stages > 1:
         return ""
-    command = shlex.join(["shardline", "worker", "--join", lead, *launch.command])
+    place = ["--join", lead] if lead else ["--rendezvous", launch.config.cluster.rendezvous]
+    command = shlex.join(["shardline", "worker", *place, *launch.command])
     return f"to add a worker: {command}"
 
 

@@ -100,9 +100,9 @@ class Session:
         self._preemption = Preemption(config.worker.grace_seconds)
         self._is_alone = config.strategy == "alone"
         self._staging = _stage(config, self.device)
-        replica = self._staging.replica if self._staging else None
+        self._replica = self._staging.replica if self._staging else None
         self.exchange: JobExchange = make_exchange(
-            config, self.device, metrics, self._preemption.is_requested, replica
+            config, self.device, metrics, self._preemption.is_requested, self._replica
         )
         self._run_dir = Path(config.job.run_dir) if config.job.run_dir else None
         self._journal = self._open_journal()
@@ -189,10 +189,10 @@ class Session:
         spec: OptimizerSpec,
         max_grad_norm: float | None,
     ) -> ExchangeOptimizer:
-        consistency, make = self.config.consistency, ExchangeOptimizer
-        if consistency.mode == "local":
-            steps = consistency.local_steps
-            make = partial(LocalStepsOptimizer, outer=spec, local_steps=steps)  # type: ignore[assignment]  # takes the same
+        given = self.config.consistency
+        make: Callable[..., ExchangeOptimizer] = partial(ExchangeOptimizer, replica=self._replica)
+        if given.mode == "local":
+            make = partial(LocalStepsOptimizer, outer=spec, local_steps=given.local_steps)
         return make(
             inner,
             plan,

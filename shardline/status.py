@@ -34,6 +34,23 @@ class Shard:
         return isinstance(self.error, ShardUnreachableError)
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a job says about itself."""
+
+    document: dict[str, object]
+    """For programs."""
+    picture: Group
+    """For people."""
+    exit_code: int
+
+
+def report(config: Config) -> Report:
+    """Ask every shard in `cluster.shards`."""
+    shards = ask(config)
+    return Report(document(shards), picture(shards), exit_code(shards))
+
+
 def ask(config: Config) -> list[Shard]:
     """Ask every shard in `cluster.shards`, all at the same time; blocks until the last answer."""
     addresses = config.cluster.shards
