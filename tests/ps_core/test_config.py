@@ -87,7 +87,7 @@ SAMPLES = [
     number("cluster.max_workers", "--max-workers", 0, 6),
     number("cluster.rank", "--rank", 0, 3),
     number("cluster.local_rank", "", -1, 1),
-    word("cluster.rendezvous", "", "", "127.0.0.1:29500"),
+    word("cluster.rendezvous", "--rendezvous", "", "127.0.0.1:29500"),
     switch("cluster.serve_rendezvous", ""),
     number("cluster.attempt", "", 0, 2),
     Sample("cluster.elastic", "", True, "false", "false", False),
