@@ -62,11 +62,14 @@ def _noticing(doing: str) -> Iterator[None]:
 class Pending:
     """A collective in progress, on tensors that belong to it until `wait` returns."""
 
-    def __init__(self, work: Work | None, doing: str, timeout_seconds: float) -> None:
+    def __init__(
+        self, work: Work | None, doing: str, timeout_seconds: float, *, on_device: bool
+    ) -> None:
         """Without `work` it is done."""
         self._work = work
         self._doing = doing
         self._timeout_seconds = timeout_seconds
+        self._on_device = on_device
 
     def is_done(self) -> bool:
         """Whether `wait` would not block. Raises PeerLostError."""
@@ -82,7 +85,7 @@ class Pending:
         with _noticing(self._doing):
             deadline = time.monotonic() + self._timeout_seconds
             # Gloo's wait has the group's timeout. NCCL's only makes the device's stream wait.
-            while _is_on_device(self._work) and not self._work.is_completed():
+            while self._on_device and not self._work.is_completed():
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"no answer for {self._timeout_seconds:g} s")
                 time.sleep(_POLL_SECONDS)
@@ -90,11 +93,7 @@ class Pending:
         self._work = None
 
 
-_DONE = Pending(None, "", 0)
-
-
-def _is_on_device(work: Work) -> bool:
-    return type(work).__name__ == "WorkNCCL"
+_DONE = Pending(None, "", 0, on_device=False)
 
 
 class Gathering:
@@ -166,7 +165,7 @@ class Group:
         if wiring.num_stages > 1:
             name = f"stage {self.sharing.start}"
             self._host = _gloo(wiring, name, self.index, self.size) if self.size > 1 else None
-        if wiring.uses_nccl and self.size > 1:
+        if wiring.uses_nccl:
             self._device = _nccl(wiring, f"device {self.sharing.start}", self.index, self.size)
 
     def start_gather(self, numbers: Sequence[float], length: int) -> tuple[torch.Tensor, Pending]:
@@ -180,7 +179,7 @@ class Group:
             return own[None], _DONE
         rows = torch.zeros(self.num_members, length, dtype=torch.float64)
         start = partial(everybody._allgather_base, rows.view(-1), own)
-        return rows, self._start(start, "waiting for the other workers")
+        return rows, self._start(start, "waiting for the other workers", own)
 
     def gather(self, numbers: Sequence[float]) -> Gathering:
         """Send numbers to everybody; the first says how many. Does not block."""
@@ -191,27 +190,27 @@ class Group:
         group = self._for(tensor)
         if group is None:
             return _DONE
-        return self._start(partial(group.allreduce, [tensor]), "adding up gradients")
+        return self._start(partial(group.allreduce, [tensor]), "adding up gradients", tensor)
 
     def add_up_on(self, tensor: torch.Tensor, index: int) -> Pending:
         """Make `tensor` of one of them the sum of all; it is undefined on the others."""
         group = self._for(tensor)
         if group is None:
             return _DONE
-        return self._start(partial(group.reduce, tensor, index), "adding up gradients")
+        return self._start(partial(group.reduce, tensor, index), "adding up gradients", tensor)
 
     def broadcast(self, tensor: torch.Tensor, index: int) -> Pending:
         """Make `tensor` that of one of them."""
         group = self._for(tensor)
         if group is None:
             return _DONE
-        return self._start(partial(group.broadcast, tensor, index), "sharing tensors")
+        return self._start(partial(group.broadcast, tensor, index), "sharing tensors", tensor)
 
     def add_up_everywhere(self, tensor: torch.Tensor) -> Pending:
         """Make `tensor`, on the host, the sum of those of all members."""
         if self._all is None:
             return _DONE
-        return self._start(partial(self._all.allreduce, [tensor]), "adding up norms")
+        return self._start(partial(self._all.allreduce, [tensor]), "adding up norms", tensor)
 
     def close(self) -> None:
         """Drop all connections, which the other members notice at once. Idempotent."""
@@ -224,9 +223,9 @@ class Group:
     def _for(self, tensor: torch.Tensor) -> _Backend | None:
         return self._host if tensor.is_cpu else self._device
 
-    def _start(self, start: Callable[[], Work], doing: str) -> Pending:
+    def _start(self, start: Callable[[], Work], doing: str, on: torch.Tensor) -> Pending:
         with _noticing(doing):
-            return Pending(start(), doing, self._timeout_seconds)
+            return Pending(start(), doing, self._timeout_seconds, on_device=not on.is_cpu)
 
 
 def _gloo(wiring: Wiring, name: str, index: int, size: int) -> _Backend:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,9 +22,9 @@ from torch.distributed import (  # type: ignore[attr-defined]  # it exports them
 )
 
 from allreduce.group import own_address
+from allreduce.store import beat_key, gone_key, store_prefix, wait_for_listener
 from ps_core.config import split_address
 from ps_core.errors import (
-    ConfigError,
     DataLossError,
     EvictedError,
     JobFailedError,
@@ -320,11 +319,6 @@ class Rendezvous:
         self._heartbeat.close()
 
 
-def gone_key(rank: int, pid: int) -> str:
-    """Set once a worker's process has ended, by whoever has seen that."""
-    return f"gone/{rank}/{pid}"
-
-
 class _Watch:
     """Which of the expected members are gone: somebody has said so, or they beat no more."""
 
@@ -351,56 +345,3 @@ class _Watch:
             self._beats[member.token] = beat, waited
             return True
         return waited - since < self._silence_seconds
-
-
-def wait_for_listener(host: str, port: int, seconds: float) -> None:
-    """Until a process listens there: torch's store logs pages about one that does not. Raises
-    OSError.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=max(seconds, 1.0)).close()
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_POLL_SECONDS[1])
-
-
-class Keeper:
-    """Keeps a rendezvous in this process, for as long as it is referenced."""
-
-    def __init__(self, host: str, port: int) -> None:
-        """Listens. Raises ConfigError when that is not possible."""
-        try:
-            self._root = TCPStore(host, port, is_master=True, wait_for_workers=False)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(f"no rendezvous can be kept at {host}:{port}: {reason}") from error
-        self.port: int = self._root.port
-        self._store = PrefixStore(store_prefix(0), self._root)
-
-    def publish(self, settings: Mapping[str, str]) -> None:
-        """The variables with which another worker can join."""
-        lines = (f"{name}={value}" for name, value in settings.items())
-        self._store.set("settings", "\n".join(lines))
-
-    @property
-    def has_failed(self) -> bool:
-        """A worker has said that the job has failed for everybody."""
-        return bool(self._store.check(["failed"]))
-
-    def ended(self, rank: int, pid: int) -> None:
-        """A worker's process has ended: nobody need wait for it."""
-        self._store.set(gone_key(rank, pid), "1")
-
-
-def beat_key(token: str) -> str:
-    """What a process writes as long as it lives: a count, and the version that it has."""
-    return f"beat/{token}"
-
-
-def store_prefix(attempt: int) -> str:
-    """Of all keys of a job that was started again so many times."""
-    return f"shardline/{attempt}"

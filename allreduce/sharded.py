@@ -92,7 +92,7 @@ class ShardedReplica:
         self._spread()
 
     def _clip(self) -> None:
-        """To the spec's norm over all pieces of the model, as torch.nn.utils.clip_grad_norm_ does."""
+        """To the spec's norm over the whole model, as torch.nn.utils.clip_grad_norm_ does."""
         if self._spec.max_grad_norm is None:
             return
         own = [piece.of(bucket.gradients) for bucket, piece, _ in self._own]

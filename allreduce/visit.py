@@ -10,7 +10,8 @@ from torch.distributed import (  # type: ignore[attr-defined]  # it exports them
     TCPStore,
 )
 
-from allreduce.rendezvous import Member, beat_key, store_prefix, wait_for_listener
+from allreduce.rendezvous import Member
+from allreduce.store import beat_key, store_prefix, wait_for_listener
 from ps_core.config import split_address
 from ps_core.errors import JobFailedError, JobOverError, MismatchError, ShardUnreachableError
 

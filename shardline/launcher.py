@@ -28,7 +28,7 @@ from shardline.run_directory import Outcome, RunDirectory, Running
 from shardline.supervision import REAP_SECONDS, Order, ProcessId, Start, Supervisor
 
 if TYPE_CHECKING:
-    from allreduce.rendezvous import Keeper
+    from allreduce.store import Keeper
 
 _POLL_SECONDS: Final = 0.05
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -102,7 +102,8 @@ class _Run:
         self._progress = Progress(launch.num_workers, launch.num_ranks)
         self._started, self._started_at = time.monotonic(), time.time()
         rpc, policy = launch.config.rpc, launch.config.launch
-        restarts = Restarts(policy.max_restarts, policy.restart_window_seconds)
+        stages = launch.config.pipeline.stages
+        restarts = Restarts(policy.max_restarts, policy.restart_window_seconds, stages)
         processes = [spec.id for spec in specs]
         self._supervisor = Supervisor(processes, rpc.drain_seconds, restarts, rpc.reconnect_seconds)
 
@@ -123,7 +124,7 @@ class _Run:
         """After the workers were started, which import torch meanwhile, too."""
         address = self._launch.config.cluster.rendezvous
         if address:
-            from allreduce.rendezvous import Keeper  # most runs need no torch here
+            from allreduce.store import Keeper  # most runs need no torch here
 
             self._keeper = Keeper(*split_address(address))
             self._keeper.publish(local_plan.common_settings(self._specs))

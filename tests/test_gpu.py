@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 
+from allreduce.exchange import AllReduceExchange
+from allreduce.store import Keeper
 from ps_core.buckets import Bucket, make_buckets
+from ps_core.config import load
 from ps_core.exchange import Work
 from ps_core.local import LocalExchange
 from ps_core.optim_spec import describe, read_groups
+from ps_core.optimizer import JobExchange
 from ps_core.plan import ParameterSpec, Plan, make_plan
 
 pytestmark = pytest.mark.gpu
@@ -36,14 +43,32 @@ def test_gradients_come_to_the_host_and_parameters_go_back() -> None:
     assert (model.weight == 7.0).all()
 
 
-def test_training_alone_on_the_device_equals_plain_torch() -> None:
+def alone() -> JobExchange:
+    return LocalExchange()
+
+
+def through_nccl(*, shard_optimizer: bool = False) -> JobExchange:
+    """A group of one worker: its collectives are real."""
+    keeper = Keeper("127.0.0.1", 0)
+    settings = {
+        "cluster.rendezvous": f"127.0.0.1:{keeper.port}",
+        "allreduce.backend": "nccl",
+        "allreduce.shard_optimizer": str(shard_optimizer).lower(),
+    }
+    exchange = AllReduceExchange(load(settings, environ={}), torch.device("cuda"))
+    exchange.keeper = keeper  # type: ignore[attr-defined]  # it lives as long
+    return exchange
+
+
+@pytest.mark.parametrize("make", [alone, through_nccl, partial(through_nccl, shard_optimizer=True)])
+def test_training_on_the_device_equals_plain_torch(make: Callable[[], JobExchange]) -> None:
     torch.manual_seed(0)
     model, reference = torch.nn.Linear(8, 3).cuda().double(), torch.nn.Linear(8, 3).cuda().double()
     reference.load_state_dict(model.state_dict())
     plan, buckets = laid_out(model)
     inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
     plain = torch.optim.AdamW(reference.parameters(), lr=1e-2)
-    exchange = LocalExchange()
+    exchange = make()
     exchange.join(plan, buckets, describe(inner), dict)
     for step in range(20):
         inputs = torch.randn(16, 8, device="cuda", dtype=torch.float64)
@@ -57,3 +82,4 @@ def test_training_alone_on_the_device_equals_plain_torch() -> None:
         exchange.settle(step)
         plain.step()
     assert torch.allclose(model.weight, reference.weight, rtol=0, atol=1e-10)
+    exchange.close()

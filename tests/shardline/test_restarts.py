@@ -1,6 +1,6 @@
 import pytest
 
-from shardline.restarts import PREEMPTED, QUICK_SECONDS, Restarts
+from shardline.restarts import PREEMPTED, QUICK_SECONDS, REPLICA_SECONDS, Restarts
 
 
 def delays(restarts: Restarts, rank: int, code: int, count: int, ran_seconds: float) -> list[float]:
@@ -74,3 +74,19 @@ def test_patience_is_with_each_worker_and_comes_back() -> None:
     recovered = restarts.ended(0, 1, 20 + QUICK_SECONDS)
     assert recovered is not None
     assert recovered.delay_seconds == 0.5
+
+
+def test_the_workers_of_a_replica_count_as_one() -> None:
+    restarts = Restarts(max_restarts=1, window_seconds=300, num_stages=2)
+    assert restarts.ended(2, -9, 0)
+    again = restarts.ended(3, 3, 1)
+    assert again is not None
+    assert again.why == "with the rest of its replica"
+    assert restarts.num_recent(1) == 1
+
+
+@pytest.mark.parametrize(("rank", "seconds"), [(2, 1.0), (3, REPLICA_SECONDS), (0, 1.0), (1, 1.0)])
+def test_what_is_no_part_of_a_replicas_death_counts_for_itself(rank: int, seconds: float) -> None:
+    restarts = Restarts(max_restarts=1, window_seconds=300, num_stages=2)
+    assert restarts.ended(2, -9, 0)
+    assert restarts.ended(rank, 1, seconds) is None
