@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +20,16 @@ from allreduce.group import Gathering, Group, PeerLostError, Wiring
 from allreduce.passes import Passes
 from allreduce.record import Record
 from allreduce.rendezvous import Rendezvous
-from allreduce.sharing import share_bytes, share_tensors
+from allreduce.sharing import share_bytes_everywhere, share_tensors
 from allreduce.state import Agreed
 from allreduce.whole import Replica
+from ps_core import codec
 from ps_core.buckets import Bucket
 from ps_core.errors import DataLossError, JobFailedError, MismatchError
 from ps_core.exchange import ReadExtras, StateByParameter
+from ps_core.job import Job, first_difference
 from ps_core.settings import Config
+from ps_core.v1 import shard_pb2
 
 _GUEST_SECONDS = 0.25
 """Between two looks for somebody who waits to be let in."""
@@ -49,17 +52,37 @@ class _Answer:
     """It has taken part in nothing yet."""
     round: int
     """How many it has completed."""
+    has_sums: bool
+    """It has what the next one's update needs, and can make it by itself."""
     pending: Record | None
     """The next one, if it is in the middle of it."""
 
     def encode(self) -> list[float]:
         record = [] if self.pending is None else records.encode(self.pending)
-        return [float(3 + len(record)), float(self.is_new), float(self.round), *record]
+        head = [self.is_new, self.round, self.has_sums]
+        return [float(4 + len(record)), *map(float, head), *record]
 
     @classmethod
     def decode(cls, row: Sequence[float]) -> _Answer:
-        pending = records.decode(row[3:]) if row[0] > 3 else None
-        return cls(bool(row[1]), int(row[2]), pending)
+        pending = records.decode(row[4:]) if row[0] > 4 else None
+        return cls(bool(row[1]), int(row[2]), bool(row[3]), pending)
+
+    def lacks_tensors(self, newest: _Answer) -> bool:
+        """It has to be handed parameters and state."""
+        return self.is_new or (self.round < newest.round and not self.has_sums)
+
+    def is_behind(self, newest: _Answer) -> bool:
+        """It has to be told what is agreed on."""
+        return self.is_new or self.round < newest.round
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A round that a worker is in the middle of when the group breaks."""
+
+    record: Record
+    finish: Callable[[], None] | None
+    """Makes its update, if all that it needs is there."""
 
 
 class Crew:
@@ -87,8 +110,8 @@ class Crew:
 
     @property
     def is_elastic(self) -> bool:
-        """The others go on without a worker that is lost. A pipeline cannot do without a stage."""
-        return self._config.cluster.elastic and self._num_stages == 1
+        """The others go on without a worker that is lost."""
+        return self._config.cluster.elastic
 
     @property
     def is_first(self) -> bool:
@@ -121,7 +144,25 @@ class Crew:
         shared: list[float] = row.tolist()
         return shared
 
+    def vote(self) -> None:
+        """Wait until all have what their update needs. The stages of a model update in groups of
+        their own: nobody may before all can, or some would have an update that others lack. Raises
+        PeerLostError.
+        """
+        assert self._group is not None
+        self._group.gather([1.0]).wait()
+
     # -- Forming -----------------------------------------------------------------------------------
+
+    def check_job(self, own: Job) -> None:
+        """Raises MismatchError when this worker does not train what the first one to come does."""
+        told = self.rendezvous.agree("job", codec.encode_job(own).SerializeToString())
+        theirs = codec.decode_job(shard_pb2.JobSpec.FromString(told))
+        if difference := first_difference(own, theirs):
+            raise MismatchError(
+                f"worker {self._config.cluster.rank} and the worker that came first do not train "
+                f"the same: {difference}"
+            )
 
     def enter(self, held: Held) -> None:
         """Become a member, and take over what the others hold. Raises what Rendezvous.meet does."""
@@ -134,9 +175,9 @@ class Crew:
             with contextlib.suppress(PeerLostError):  # `form_again` will say what that means
                 self._kept_state = self._held.replica.gather_state()
 
-    def form_again(self, pending: Record | None, leavers: Sequence[int] = ()) -> bool:
+    def form_again(self, pending: Pending | None, leavers: Sequence[int] = ()) -> bool:
         """The members have changed. True: others have completed the `pending` round, and this
-        worker has taken over what it led to.
+        worker has made its update or taken over what it led to.
         """
         if not self.is_elastic:
             raise JobFailedError("a worker is gone: start the job again with all of them")
@@ -148,7 +189,7 @@ class Crew:
             )
         return self._form(leavers, pending)
 
-    def _form(self, leavers: Sequence[int], pending: Record | None) -> bool:
+    def _form(self, leavers: Sequence[int], pending: Pending | None) -> bool:
         while True:
             self.drop()
             self.rendezvous.meet(leavers)
@@ -176,50 +217,60 @@ class Crew:
             )
         )
 
-    def _settle_in(self, group: Group, pending: Record | None) -> bool:
-        agreed, replica = self.agreed, self._held.replica
-        own = _Answer(self._is_new, agreed.round, pending)
-        rows = group.gather(own.encode()).wait()
-        answers = [_Answer.decode(rows[index]) for index in group.sharing]
-        source = max(range(group.size), key=lambda i: (not answers[i].is_new, answers[i].round, -i))
-        newest = answers[source]
-        kept = self._kept_state or {}
-        if source == group.index and not (newest.is_new or self._config.allreduce.shard_optimizer):
-            kept = replica.gather_state()
-        replica.connect(group)
-        is_behind = group.index != source and (own.is_new or own.round < newest.round)
-        if any((each.is_new, each.round) != (newest.is_new, newest.round) for each in answers) or (
-            newest.is_new or self._kept_state is not None
-        ):
-            self._hand_over(group, source, kept, is_behind=is_behind)
-        self._kept_state = None
+    def _settle_in(self, group: Group, pending: Pending | None) -> bool:
+        agreed = self.agreed
+        has_sums = pending is not None and pending.finish is not None
+        own = _Answer(self._is_new, agreed.round, has_sums, pending.record if pending else None)
+        answers = [_Answer.decode(row) for row in group.gather(own.encode()).wait()]
+        leader = max(
+            range(len(answers)), key=lambda i: (not answers[i].is_new, answers[i].round, -i)
+        )
+        newest = answers[leader]
+        is_completed = not own.is_new and own.round < newest.round
+        if is_completed and pending is not None and pending.finish is not None:
+            pending.finish()
+        self._hand_over_tensors(group, [answers[i] for i in group.sharing], newest)
+        if any(each.is_behind(newest) for each in answers):
+            data = share_bytes_everywhere(group, leader, state.encode(agreed))
+            if own.is_behind(newest):
+                state.adopt(agreed, data)
         reserved = [
             reading
-            for each in answers
+            for each in answers[:: self._num_stages]
             if each.pending is not None and each.round == newest.round
             for reading in each.pending.readings
         ]
         agreed.passes.set_members(self.replicas, reserved)
-        self.has_received, self._is_new = is_behind, False
-        return not own.is_new and own.round < newest.round
+        self._is_new = False
+        return is_completed
 
-    def _hand_over(
-        self, group: Group, source: int, kept: StateByParameter, *, is_behind: bool
-    ) -> None:
+    def _hand_over_tensors(self, group: Group, answers: Sequence[_Answer], newest: _Answer) -> None:
+        """From one of those that share them and have the newest, if anybody has others."""
+        is_kept = self._kept_state is not None
+        source = min(range(group.size), key=lambda i: (answers[i].lacks_tensors(newest), i))
+        lacks = [i != source and each.lacks_tensors(newest) for i, each in enumerate(answers)]
+        kept = self._kept_state or {}
+        is_sharded = self._config.allreduce.shard_optimizer
+        if source == group.index and any(lacks) and not (newest.is_new or is_sharded):
+            kept = self._held.replica.gather_state()
+        self._held.replica.connect(group)
+        self.has_received = lacks[group.index]
+        if any(lacks) or is_kept:
+            self._share_tensors(group, source, kept)
+        self._kept_state = None
+
+    def _share_tensors(self, group: Group, source: int, kept: StateByParameter) -> None:
         held = self._held
-        data = share_bytes(group, source, state.encode(self.agreed))
-        if is_behind:
-            state.adopt(self.agreed, data)
         for bucket in held.buckets:
             bucket.host_parameters.copy_(bucket.parameters)
             group.broadcast(bucket.host_parameters, source).wait()
             bucket.upload()
         shared = share_tensors(group, source, _by_name(kept))
-        if shared and (is_behind or self._kept_state is not None):
+        if shared and (self.has_received or self._kept_state is not None):
             held.replica.write_state(_by_parameter(shared))
         own = held.extras()
         extras = share_tensors(group, source, own)
-        if is_behind:
+        if self.has_received:
             _copy_extras(own, extras)
 
     # -- Around it ---------------------------------------------------------------------------------

@@ -14,22 +14,22 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from allreduce import hyperparameters as numbers_of
 from allreduce import record as records
 from allreduce.chronicle import Chronicle
-from allreduce.crew import Crew, Held
+from allreduce.crew import Crew, Held, Pending
 from allreduce.group import Gathering, PeerLostError
 from allreduce.record import Call, Record
 from allreduce.sharded import ShardedReplica
 from allreduce.table import Table
 from allreduce.whole import Replica, WholeReplica
 from allreduce.wire import DTYPES
-from ps_core import codec
 from ps_core.buckets import Bucket
-from ps_core.errors import MismatchError, ShardlineError
+from ps_core.errors import ShardlineError
 from ps_core.exchange import (
     Arrival,
     Farewell,
@@ -45,13 +45,12 @@ from ps_core.exchange import (
     Work,
 )
 from ps_core.group_metrics import AllReduceMetrics
-from ps_core.job import describe_job, first_difference
+from ps_core.job import describe_job
 from ps_core.leases import PassSpec
 from ps_core.memory import keep_freed_memory
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import Plan
 from ps_core.settings import Config
-from ps_core.v1 import shard_pb2
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +69,8 @@ class _Round:
     """Buckets whose gradients are complete."""
     num_issued: int = 0
     """Buckets on their way, in the order in which all workers send them."""
+    summed: Sequence[Hyperparameters] | None = None
+    """Those of its update, once all that it is made of is here."""
 
 
 class AllReduceExchange:
@@ -107,22 +108,12 @@ class AllReduceExchange:
         self._num_bytes = sum(b.layout.length * b.layout.dtype.itemsize for b in buckets)
         crew = self._crew = Crew(self._config, self._device)
         self._agreed = crew.agreed
-        self._check_job(crew, plan, optimizer)
+        crew.check_job(describe_job(self._config, plan, optimizer))
         crew.enter(Held(self._replica, buckets, extras))
         self._count_formed()
         is_running = crew.rendezvous.generation > 1
         position = self._agreed.whereabouts.position if is_running else None
         return Start(self._agreed.version, crew.is_first, position)
-
-    def _check_job(self, crew: Crew, plan: Plan, optimizer: OptimizerSpec) -> None:
-        own = describe_job(self._config, plan, optimizer)
-        first = crew.rendezvous.agree("job", codec.encode_job(own).SerializeToString())
-        theirs = codec.decode_job(shard_pb2.JobSpec.FromString(first))
-        if difference := first_difference(own, theirs):
-            raise MismatchError(
-                f"worker {self._rank} and the worker that came first do not train the same: "
-                f"{difference}"
-            )
 
     def _count_formed(self, leavers: Sequence[int] = ()) -> None:
         crew, version = self._joined, self._agreed.version
@@ -191,7 +182,7 @@ class AllReduceExchange:
 
     def _leave(self, crew: Crew, farewell: Farewell) -> None:
         """One that leaves well takes part in the step of the others, so that nobody is lost."""
-        if farewell is Farewell.PREEMPTED:
+        if farewell is Farewell.PREEMPTED and self._num_stages == 1:
             self._crew = crew
             self._take_part(Record(Call.LEAVE, self._agreed.version))
             self._crew = None
@@ -219,7 +210,7 @@ class AllReduceExchange:
             except PeerLostError as lost:
                 log.warning("a worker is gone (%s)", lost)
                 self._metrics.lost()
-                if self._form_again(self._round.record):
+                if self._form_again(self._pending()):
                     return self._recall()
                 self._begin_again()
                 continue
@@ -246,7 +237,13 @@ class AllReduceExchange:
         self._round = self._open(before.record)
         self._round.groups, self._round.ready = before.groups, before.ready
 
-    def _form_again(self, pending: Record | None, leavers: Sequence[int] = ()) -> bool:
+    def _pending(self) -> Pending:
+        """The open round, for when the group has broken."""
+        summed = self._round.summed
+        finish = None if summed is None else partial(self._apply, summed)
+        return Pending(self._round.record, finish)
+
+    def _form_again(self, pending: Pending | None, leavers: Sequence[int] = ()) -> bool:
         is_completed = self._joined.form_again(pending, leavers)
         self._count_formed(leavers)
         return is_completed
@@ -266,9 +263,17 @@ class AllReduceExchange:
             self._issue(table, all_of_them=True)
             self._replica.collect()
             self._metrics.waited("reduce", time.perf_counter() - started)
-            self._replica.update(self._agree_on_groups(table))
-            for bucket in self._buckets:
-                bucket.accept()
+            groups = self._agree_on_groups(table)
+            if self._num_stages > 1:
+                self._round.summed = groups
+                self._joined.vote()
+            self._apply(groups)
+
+    def _apply(self, groups: Sequence[Hyperparameters]) -> None:
+        """Make the update that all is there for."""
+        self._replica.update(groups)
+        for bucket in self._buckets:
+            bucket.accept()
 
     def _issue(self, table: Table, *, all_of_them: bool = False) -> None:
         """Send buckets that are ready, in their order; in the end all, with what there is."""

@@ -206,6 +206,12 @@ class Group:
             return _DONE
         return self._start(partial(group.broadcast, tensor, index), "sharing tensors", tensor)
 
+    def broadcast_everywhere(self, tensor: torch.Tensor, index: int) -> Pending:
+        """Make `tensor`, on the host, that of one of all members."""
+        if self._all is None:
+            return _DONE
+        return self._start(partial(self._all.broadcast, tensor, index), "sharing state", tensor)
+
     def add_up_everywhere(self, tensor: torch.Tensor) -> Pending:
         """Make `tensor`, on the host, the sum of those of all members."""
         if self._all is None:

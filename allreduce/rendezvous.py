@@ -76,6 +76,22 @@ def missing(
     return [each for each in expected if each.rank not in arrived and each.token not in lost]
 
 
+def whole(members: Iterable[Member], num_stages: int) -> list[Member]:
+    """Those whose replica has all its stages: without stages, all."""
+    ranks = {member.rank for member in members}
+    return [
+        member
+        for member in members
+        if all(rank in ranks for rank in replica_of(member.rank, num_stages))
+    ]
+
+
+def replica_of(rank: int, num_stages: int) -> range:
+    """The ranks that hold a replica of the model together."""
+    first = rank - rank % num_stages
+    return range(first, first + num_stages)
+
+
 class Rendezvous:
     """One worker's place in the generations of a job."""
 
@@ -103,12 +119,10 @@ class Rendezvous:
             scope = "workers" if replica is None else f"replica {replica}"
             self._meetings = PrefixStore(scope, self._store)
             self._pulse = PrefixStore(store_prefix(cluster.attempt), self._root.clone())  # type: ignore[attr-defined]  # its stubs lack it
-        stages = config.pipeline.stages
+        self._stages = config.pipeline.stages
         self._needs_all = replica is not None
-        first = (replica or 0) * stages
-        self._ranks = (
-            range(first, first + stages) if self._needs_all else range(cluster.num_workers)
-        )
+        own = replica_of(cluster.rank, self._stages)
+        self._ranks = own if self._needs_all else range(cluster.num_workers)
         self.generation = 0
         self.members: tuple[Member, ...] = ()
         self.version = 0
@@ -155,8 +169,9 @@ class Rendezvous:
                     return
                 if was_member:
                     raise EvictedError(
-                        "the other workers have gone on without this one, which kept them waiting "
-                        "for too long (allreduce.timeout_seconds)"
+                        "the other workers have gone on without this one: it kept them waiting for "
+                        "too long (allreduce.timeout_seconds), or another stage of its replica of "
+                        "the model is gone"
                     )
                 expected = list(members)
 
@@ -175,13 +190,13 @@ class Rendezvous:
         while not self._meetings.check([f"sealed/{self.generation}"]):
             self._check_end()
             waited = time.monotonic() - started
-            arrived = newest(self._arrivals())
+            arrived = newest(self._arrivals(self.generation))
             if self._needs_all or self.generation == 1:
                 complete = self._is_first_complete(arrived, waited)
             else:
                 complete = self._is_complete(watch, expected, arrived, waited)
             if complete:
-                self._seal(arrived.values())
+                self._seal(whole(arrived.values(), self._stages))
             else:
                 time.sleep(pause)
                 pause = min(2 * pause, _POLL_SECONDS[1])
@@ -206,29 +221,31 @@ class Rendezvous:
         """Only those who were members seal: they have the values of the job."""
         is_late = self.me in expected and waited > self._config.allreduce.timeout_seconds
         gone = {each.token for each in expected} if is_late else watch.gone(waited)
-        has_survivor = any(arrived.get(each.rank) == each for each in expected)
-        if not has_survivor and all(each.token in gone for each in expected):
+        lost = [each for each in expected if each.token in gone and arrived.get(each.rank) != each]
+        broken = {rank for each in lost for rank in replica_of(each.rank, self._stages)}
+        if all(each.rank in broken for each in expected):
             raise DataLossError(
-                "all workers of the job are gone at once, and with them its parameters: start it "
-                "again, from a checkpoint if the script writes any"
+                "no worker is left that has the job's parameters, or no replica of the model with "
+                "all its stages: start the job again, from a checkpoint if the script writes any"
             )
         if self.me not in expected or missing(expected, arrived, gone):
             return False
+        num_left = len(whole(arrived.values(), self._stages)) // self._stages
         need = self._config.membership.min_workers
-        if len(arrived) < need and waited > self._config.membership.pause_timeout_seconds:
+        if num_left < need and waited > self._config.membership.pause_timeout_seconds:
             raise JobFailedError(
-                f"{len(arrived)} workers are left and {need} are needed (membership.min_workers)"
+                f"{num_left} workers are left and {need} are needed (membership.min_workers)"
             )
-        return len(arrived) >= need
+        return num_left >= need
 
     def _arrive(self) -> None:
         number = self._meetings.add(f"arrivals/{self.generation}", 1)
         self._meetings.set(f"arrival/{self.generation}/{number}", str(self.me))
 
-    def _arrivals(self) -> Iterator[Member]:
-        count = self._meetings.add(f"arrivals/{self.generation}", 0)
+    def _arrivals(self, generation: int) -> Iterator[Member]:
+        count = self._meetings.add(f"arrivals/{generation}", 0)
         for number in range(1, count + 1):
-            key = f"arrival/{self.generation}/{number}"
+            key = f"arrival/{generation}/{number}"
             if self._meetings.check([key]):
                 yield Member.parse(self._meetings.get(key).decode())
 
@@ -253,9 +270,11 @@ class Rendezvous:
         return PrefixStore(f"group/{self.generation}", self._meetings)
 
     def has_guest(self) -> bool:
-        """Whether somebody waits to be let in."""
+        """Whether somebody waits to be let in, with all stages of its replica."""
         with self._reaching():
-            return self._meetings.add(f"arrivals/{self.generation + 1}", 0) > 0
+            if not self._meetings.add(f"arrivals/{self.generation + 1}", 0):
+                return False
+            return bool(whole(newest(self._arrivals(self.generation + 1)).values(), self._stages))
 
     def tell(self, key: str, value: bytes) -> None:
         """Say something that others wait for."""

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
-from allreduce.group import Group
+from allreduce.group import Group, Pending
 from ps_core.tensors import bytes_of, from_wire, spec_of
 from ps_core.v1 import group_pb2
 
 
 def share_bytes(group: Group, index: int, data: bytes) -> bytes:
-    """The `data` of member `index`; that of the others is ignored. Raises PeerLostError."""
+    """The `data` of one of those that share tensors; that of the others is ignored. Raises
+    PeerLostError.
+    """
+    return _share(group.broadcast, index, data, is_source=index == group.index)
+
+
+def share_bytes_everywhere(group: Group, index: int, data: bytes) -> bytes:
+    """The same, of one of all members."""
+    is_source = index == group.sharing[group.index]
+    return _share(group.broadcast_everywhere, index, data, is_source=is_source)
+
+
+def _share(
+    broadcast: Callable[[torch.Tensor, int], Pending], index: int, data: bytes, *, is_source: bool
+) -> bytes:
     length = torch.tensor([len(data)])
-    group.broadcast(length, index).wait()
+    broadcast(length, index).wait()
     buffer = torch.empty(int(length), dtype=torch.uint8)
-    if index == group.index and data:
+    if is_source and data:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     if len(buffer):
-        group.broadcast(buffer, index).wait()
+        broadcast(buffer, index).wait()
     return bytes(bytes_of(buffer))
 
 
