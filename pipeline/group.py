@@ -13,7 +13,6 @@ from torch._C._distributed_c10d import PrefixStore, Store, Work
 
 from ps_core.errors import JobFailedError, UsageError
 
-
 PipelineGroup = dist.ProcessGroup
 
 

@@ -12,7 +12,7 @@ from ps_core.v1 import shard_pb2, tensor_pb2
 from ps_server.shard import Shard
 
 Buffers = dict[str, list[tensor_pb2.TensorChunk]]
-"""Name → the chunks of the tensor. The lead only keeps them: it has no use for their elements."""
+"""Name → the chunks of the tensor. A shard only keeps them: it has no use for their elements."""
 
 
 def load(shard: Shard, buffers: Buffers, request: shard_pb2.LoadRequest) -> None:

@@ -109,12 +109,11 @@ class ParameterServerExchange:
         }
         self._clients = self._make_clients()
         self._lead = self._find_lead()
-        own_extras = extras if self._replica is None else dict  # stages have theirs to themselves
-        self._values = Values(plan, self._buckets, own_extras, self._clients, self._explaining)
+        self._values = Values(plan, self._buckets, extras, self._clients, self._explaining)
         if self._enter(codec.encode_job(describe_job(self._config, plan, optimizer))):
             self._values.load_initial()
         met = self._wait_for_all(Arrival(Purpose.START, 0))
-        if met.refreshed and self._replica is None:
+        if met.refreshed:
             self._values.pull_extras()
         position = dialogue.decode_position(met.position) if met.HasField("position") else None
         return Start(met.step, met.chosen, position)

@@ -149,6 +149,14 @@ class Inbox:
         assert met is not None
         return met
 
+    def meeting_ends(self, within_seconds: float) -> bool:
+        """Whether `wait_for_meeting` would soon return or raise."""
+        with self._changed:
+            is_over = self._changed.wait_for(
+                lambda: self._met is not None or self._failure is not None, within_seconds
+            )
+        return is_over or self.is_preempted()
+
     def wait_for_leases(self) -> shard_pb2.Leases:
         """The answer to the oldest request. Raises the failure, or Preempted."""
         self._wait(lambda: bool(self._leases), can_leave=True)

@@ -14,6 +14,12 @@ from ps_core.v1 import shard_pb2
 from ps_worker.client import ShardClient
 from ps_worker.inbox import Inbox
 
+_PULSE_SECONDS = 0.25
+"""Between two signs of the first stage that it still waits for the lead, who may take hours: the
+other stages wait for the first one within bounds.
+"""
+_WAITING, _MET = b"\0", b"\1"
+
 
 class LeadSide(Protocol):
     """The lead's answers, the same for all stages of a replica."""
@@ -64,8 +70,12 @@ class DirectLead:
 
     def meet(self, arrival: Arrival) -> shard_pb2.Met:
         """See LeadSide."""
-        self._client.request(shard_pb2.ExchangeRequest(meet=dialogue.encode_meet(arrival)))
+        self.arrive(arrival)
         return self._inbox.wait_for_meeting()
+
+    def arrive(self, arrival: Arrival) -> None:
+        """Come to a meeting, without waiting for the others."""
+        self._client.request(shard_pb2.ExchangeRequest(meet=dialogue.encode_meet(arrival)))
 
     def idle(self) -> None:
         """See LeadSide."""
@@ -111,11 +121,15 @@ class SharedLead:
         """See LeadSide. Numbers are averaged in the replica first."""
         rows = self._replica.gather([arrival.weight, *arrival.values])
         if self._direct:
-            met = self._direct.meet(_combined(arrival, rows))
-            self._replica.share(met.SerializeToString())
+            self._direct.arrive(_combined(arrival, rows))
+            while not self._inbox.meeting_ends(_PULSE_SECONDS):
+                self._replica.share(_WAITING)
+            met = self._inbox.wait_for_meeting()
+            self._replica.share(_MET + met.SerializeToString())
             return met
-        met = shard_pb2.Met.FromString(self._replica.share(b""))
-        self._inbox.met(met)
+        while (said := self._replica.share(b"")) == _WAITING:
+            pass
+        self._inbox.met(shard_pb2.Met.FromString(said[len(_MET) :]))
         return self._inbox.wait_for_meeting()
 
     def idle(self) -> None:

@@ -27,11 +27,14 @@ class Values:
         clients: Mapping[int, ShardClient],
         explaining: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """`explaining`: around each call, to raise the reason for which shards refuse it."""
+        """`explaining`: around each call, to raise the reason for which shards refuse it. The first
+        of the shards keeps the extras.
+        """
         self._plan = plan
         self._buckets = buckets
         self._extras = extras
         self._clients = clients
+        self._keeper = clients[min(clients)]
         self._explaining = explaining
         self._kept_extras: dict[str, tuple[int, int]] = {}
 
@@ -45,7 +48,7 @@ class Values:
         self.load_extras()
 
     def load_extras(self) -> None:
-        """Send the lead what has changed since the last time."""
+        """Send what has changed since the last time."""
         changed = {}
         for name, tensor in self._extras().items():
             mark = (tensor.data_ptr(), tensor._version)
@@ -57,7 +60,7 @@ class Values:
             for chunk in codec.encode_chunks(name, tensor.detach().cpu())
         )
         if changed:
-            self.load(self._clients[0], chunks)
+            self.load(self._keeper, chunks)
 
     def load(self, client: ShardClient, messages: Iterable[shard_pb2.LoadRequest | bytes]) -> None:
         with self._explaining():
@@ -73,7 +76,7 @@ class Values:
         extras = self._extras()
         received = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in extras.items()}
         missing = set(received)
-        for response in self.pull(self._clients[0], shard_pb2.CONTENT_BUFFERS):
+        for response in self.pull(self._keeper, shard_pb2.CONTENT_BUFFERS):
             if response.WhichOneof("message") == "buffer":
                 name = response.buffer.spec.name
                 if name not in received:

@@ -1,7 +1,8 @@
-"""What a session needs to know about a script's model, optimizer and errors."""
+"""What a session needs to know about its device, and a script's model, optimizer and errors."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 
 import torch
@@ -28,6 +29,16 @@ def choose_device(name: str, cluster: ClusterConfig) -> torch.device:
     count = torch.cuda.device_count()
     place = cluster.rank if cluster.local_rank < 0 else cluster.local_rank
     return torch.device("cuda", place % count) if count else torch.device("cpu")
+
+
+def prepare_torch(device: torch.device, num_threads: int, seed: int) -> None:
+    """For this whole process."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    torch.manual_seed(seed)
+    random.seed(seed)
 
 
 def job_spec(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,15 @@ from ps_core.optimizer import ExchangeOptimizer, JobExchange
 from ps_core.plan import Plan, make_plan
 from ps_core.settings import Config
 from shardline.attendance import Attendance
-from shardline.description import choose_device, extras, farewell, job_spec, reason, trained
+from shardline.description import (
+    choose_device,
+    extras,
+    farewell,
+    job_spec,
+    prepare_torch,
+    reason,
+    trained,
+)
 from shardline.journal import Journal
 from shardline.loader import LOADERS_PER_LOOP, Loader, Place, Requests, read_spec
 from shardline.model_steps import Loss, TrainStep, WholeModel, inputs_of
@@ -92,7 +99,7 @@ class Session:
         """Which part of its replica's model this worker has."""
         self.seed = config.job.seed
         self.device = choose_device(config.worker.device, config.cluster)
-        _prepare_torch(config.worker.threads, self.seed + self.rank)
+        prepare_torch(self.device, config.worker.threads, self.seed + self.rank)
         self._endpoint: Endpoint | None = start_endpoint(config.metrics.host, config.metrics.port)
         if self._endpoint and not config.metrics.port:
             _say(f"metrics at {self._endpoint.url}")
@@ -380,14 +387,6 @@ class Session:
                 write(self._model, self._run_dir / "model.safetensors")
         self._journal.end(self._steps.num_steps, self._reported)
         self.exchange.close()
-
-
-def _prepare_torch(num_threads: int, seed: int) -> None:
-    """For this whole process."""
-    if num_threads:
-        torch.set_num_threads(num_threads)
-    torch.manual_seed(seed)
-    random.seed(seed)
 
 
 def _stage(config: Config, device: torch.device) -> Staging | None:
