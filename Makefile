@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check protos bench stragglers clean
+.PHONY: help install demo test check protos bench stragglers train clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -43,6 +43,9 @@ bench: $(INSTALLED) ## measure the exchange
 
 stragglers: $(INSTALLED) ## measure every mode beside DDP with a straggler
 	$(BIN)/python benchmarks/stragglers.py
+
+train: $(INSTALLED) ## measure whole training loops beside DDP, and what a worker holds
+	$(BIN)/python benchmarks/train.py
 
 clean: ## remove everything that can be made again
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
