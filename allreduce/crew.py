@@ -54,18 +54,14 @@ class _Answer:
     """How many it has completed."""
     has_sums: bool
     """It has what the next one's update needs, and can make it by itself."""
-    pending: Record | None
-    """The next one, if it is in the middle of it."""
 
     def encode(self) -> list[float]:
-        record = [] if self.pending is None else records.encode(self.pending)
-        head = [self.is_new, self.round, self.has_sums]
-        return [float(4 + len(record)), *map(float, head), *record]
+        numbers = [4, self.is_new, self.round, self.has_sums]
+        return list(map(float, numbers))
 
     @classmethod
     def decode(cls, row: Sequence[float]) -> _Answer:
-        pending = records.decode(row[4:]) if row[0] > 4 else None
-        return cls(bool(row[1]), int(row[2]), bool(row[3]), pending)
+        return cls(bool(row[1]), int(row[2]), bool(row[3]))
 
     def lacks_tensors(self, newest: _Answer) -> bool:
         """It has to be handed parameters and state."""
@@ -76,13 +72,8 @@ class _Answer:
         return self.is_new or self.round < newest.round
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A round that a worker is in the middle of when the group breaks."""
-
-    record: Record
-    finish: Callable[[], None] | None
-    """Makes its update, if all that it needs is there."""
+Finish = Callable[[], None]
+"""Makes the update of the round that a worker is in, of which all that it takes is there."""
 
 
 class Crew:
@@ -175,9 +166,9 @@ class Crew:
             with contextlib.suppress(PeerLostError):  # `form_again` will say what that means
                 self._kept_state = self._held.replica.gather_state()
 
-    def form_again(self, pending: Pending | None, leavers: Sequence[int] = ()) -> bool:
-        """The members have changed. True: others have completed the `pending` round, and this
-        worker has made its update or taken over what it led to.
+    def form_again(self, finish: Finish | None, leavers: Sequence[int] = ()) -> bool:
+        """The members have changed. True: others have completed the round that this worker was in,
+        and it has made the update by itself, with `finish`, or taken over what it led to.
         """
         if not self.is_elastic:
             raise JobFailedError("a worker is gone: start the job again with all of them")
@@ -187,15 +178,15 @@ class Crew:
                 "(--shard-optimizer): start the job again, from a checkpoint if the script "
                 "writes any"
             )
-        return self._form(leavers, pending)
+        return self._form(leavers, finish)
 
-    def _form(self, leavers: Sequence[int], pending: Pending | None) -> bool:
+    def _form(self, leavers: Sequence[int], finish: Finish | None) -> bool:
         while True:
             self.drop()
             self.rendezvous.meet(leavers)
             try:
                 self._group = self._connect()
-                return self._settle_in(self._group, pending)
+                return self._settle_in(self._group, finish)
             except PeerLostError:
                 leavers = ()
 
@@ -217,30 +208,23 @@ class Crew:
             )
         )
 
-    def _settle_in(self, group: Group, pending: Pending | None) -> bool:
+    def _settle_in(self, group: Group, finish: Finish | None) -> bool:
         agreed = self.agreed
-        has_sums = pending is not None and pending.finish is not None
-        own = _Answer(self._is_new, agreed.round, has_sums, pending.record if pending else None)
+        own = _Answer(self._is_new, agreed.round, has_sums=finish is not None)
         answers = [_Answer.decode(row) for row in group.gather(own.encode()).wait()]
         leader = max(
             range(len(answers)), key=lambda i: (not answers[i].is_new, answers[i].round, -i)
         )
         newest = answers[leader]
         is_completed = not own.is_new and own.round < newest.round
-        if is_completed and pending is not None and pending.finish is not None:
-            pending.finish()
+        if is_completed and finish is not None:
+            finish()
         self._hand_over_tensors(group, [answers[i] for i in group.sharing], newest)
         if any(each.is_behind(newest) for each in answers):
             data = share_bytes_everywhere(group, leader, state.encode(agreed))
             if own.is_behind(newest):
                 state.adopt(agreed, data)
-        reserved = [
-            reading
-            for each in answers[:: self._num_stages]
-            if each.pending is not None and each.round == newest.round
-            for reading in each.pending.readings
-        ]
-        agreed.passes.set_members(self.replicas, reserved)
+        agreed.passes.set_members(self.replicas)
         self._is_new = False
         return is_completed
 

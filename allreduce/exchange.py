@@ -21,7 +21,7 @@ import torch
 from allreduce import hyperparameters as numbers_of
 from allreduce import record as records
 from allreduce.chronicle import Chronicle
-from allreduce.crew import Crew, Held, Pending
+from allreduce.crew import Crew, Finish, Held
 from allreduce.group import Gathering, PeerLostError
 from allreduce.record import Call, Record
 from allreduce.sharded import ShardedReplica
@@ -47,7 +47,6 @@ from ps_core.exchange import (
 from ps_core.group_metrics import AllReduceMetrics
 from ps_core.job import describe_job
 from ps_core.leases import PassSpec
-from ps_core.memory import keep_freed_memory
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import Plan
 from ps_core.settings import Config
@@ -69,8 +68,8 @@ class _Round:
     """Buckets whose gradients are complete."""
     num_issued: int = 0
     """Buckets on their way, in the order in which all workers send them."""
-    summed: Sequence[Hyperparameters] | None = None
-    """Those of its update, once all that it is made of is here."""
+    finish: Finish | None = None
+    """Makes its update, once all that it takes is here."""
 
 
 class AllReduceExchange:
@@ -99,7 +98,6 @@ class AllReduceExchange:
 
         Raises JoinTimeoutError, MismatchError, JobFailedError, JobOverError, DataLossError.
         """
-        keep_freed_memory()
         self._buckets = list(reversed(buckets))  # the last layers' gradients are complete first
         self._spec = optimizer
         dtype = DTYPES.get(self._config.allreduce.wire_dtype)
@@ -205,15 +203,15 @@ class AllReduceExchange:
                     self._read_together(table)
                     if self._rank in table.readers:
                         return table
-                    self._begin_again()
+                    self._begin_again(self._round.record)
                     continue
                 self._make_update(table)
             except PeerLostError as lost:
                 log.warning("a worker is gone (%s)", lost)
                 self._metrics.lost()
-                if self._form_again(self._pending()):
+                if self._form_again(self._round.finish):
                     return self._recall()
-                self._begin_again()
+                self._begin_again(records.without_gradients(self._round.record))
                 continue
             self._commit(table)
             return table
@@ -229,23 +227,16 @@ class AllReduceExchange:
             current.table = Table(dict(heard), self._num_stages)
         return current.table
 
-    def _begin_again(self) -> None:
-        """The round with the same gradients, which collectives may have overwritten."""
+    def _begin_again(self, record: Record) -> None:
+        """The round in progress, in which nothing has been added up or all of it was in vain."""
         before = self._round
-        for bucket in self._buckets:
-            if bucket.layout.index in before.ready:
-                bucket.collect_again()
-        self._round = self._open(before.record)
-        self._round.groups, self._round.ready = before.groups, before.ready
+        self._round = self._open(record)
+        self._round.groups = before.groups
+        if record.samples:
+            self._round.ready = before.ready
 
-    def _pending(self) -> Pending:
-        """The open round, for when the group has broken."""
-        summed = self._round.summed
-        finish = None if summed is None else partial(self._apply, summed)
-        return Pending(self._round.record, finish)
-
-    def _form_again(self, pending: Pending | None, leavers: Sequence[int] = ()) -> bool:
-        is_completed = self._joined.form_again(pending, leavers)
+    def _form_again(self, finish: Finish | None, leavers: Sequence[int] = ()) -> bool:
+        is_completed = self._joined.form_again(finish, leavers)
         self._count_formed(leavers)
         return is_completed
 
@@ -266,7 +257,7 @@ class AllReduceExchange:
             self._metrics.waited("reduce", time.perf_counter() - started)
             groups = self._agree_on_groups(table)
             if self._num_stages > 1:
-                self._round.summed = groups
+                self._round.finish = partial(self._apply, groups)
                 self._joined.vote()
             self._apply(groups)
 

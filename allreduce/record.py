@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ps_core.exchange import Arrival, Purpose, Work
 from ps_core.point import BEGINNING, Point
@@ -108,6 +108,13 @@ def of_step(version: int, work: Work, hyperparameters: int, readings: Sequence[R
         hyperparameters=hyperparameters,
         readings=tuple(readings),
     )
+
+
+def without_gradients(record: Record) -> Record:
+    """The same call after the group has broken: collectives may have overwritten the gradients on
+    some workers, so all abstain, and their samples are free again.
+    """
+    return replace(record, samples=0, readings=())
 
 
 def of_arrival(version: int, arrival: Arrival, *, has_state: bool) -> Record:

@@ -108,6 +108,9 @@ class WholeReplica:
     ) -> None:
         self._summation = Summation(plan, buckets, dtype)
         self._updater = Updater(plan, buckets, spec)
+        self._clips = spec.max_grad_norm is not None
+        self._norm: torch.Tensor | None = None
+        """Of the gradients of all stages, where there are several."""
 
     def connect(self, group: Group) -> None:
         """See Replica."""
@@ -121,19 +124,21 @@ class WholeReplica:
     def collect(self) -> None:
         """See Replica."""
         self._summation.finish()
+        self._norm = (
+            self._add_up_norms() if self._clips and self._summation.group.is_split else None
+        )
 
-    def update(self, hyperparameters: Sequence[Hyperparameters]) -> None:
-        """See Replica."""
-        self._updater.set_hyperparameters(hyperparameters)
-        is_split = self._summation.group.is_split
-        self._updater.step(self._whole_norm if is_split else None)
-
-    def _whole_norm(self, norm: torch.Tensor) -> torch.Tensor:
-        """From that of one stage, which `size` members have, to that of all stages."""
-        group = self._summation.group
+    def _add_up_norms(self) -> torch.Tensor:
+        """`size` members have the gradients of a stage, and so its norm."""
+        group, norm = self._summation.group, self._updater.norm()
         squares = norm.to("cpu", torch.float64).square()
         group.add_up_everywhere(squares).wait()
         return (squares / group.size).sqrt().to(norm)
+
+    def update(self, hyperparameters: Sequence[Hyperparameters]) -> None:
+        """See Replica. Needs nobody else."""
+        self._updater.set_hyperparameters(hyperparameters)
+        self._updater.step(self._norm)
 
     def gather_state(self) -> StateByParameter:
         """Everybody has all of it."""

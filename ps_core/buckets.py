@@ -8,6 +8,7 @@ needs no copy; elsewhere pinned mirrors, one copy per bucket each way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -23,7 +24,8 @@ class Bucket:
 
     All four buffers are 1-D, `layout.length` elements long; gaps between parameters are zero.
     `present` says for each placement whether the collected step has a gradient for it; without one
-    its elements are zero.
+    its elements are zero. A parameter's `.grad` moves into `gradients` as soon as backward has made
+    it: a gradient is in memory once.
     """
 
     def __init__(self, layout: BucketLayout, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -44,6 +46,8 @@ class Bucket:
         for parameter, view in zip(self.members, self.parameter_views, strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
+        for position, parameter in enumerate(self.members):
+            parameter.register_post_accumulate_grad_hook(partial(self._move_in, position))
         self.host_parameters.copy_(self.parameters)
         self._anchor = torch.empty(0, dtype=layout.dtype, device=device)
         self._sample_step = max(1, layout.length // _NUM_SAMPLES)
@@ -57,28 +61,33 @@ class Bucket:
 
     @torch.no_grad()
     def collect(self, scale: float = 1.0) -> None:
-        """Copy every `.grad`, times `scale`, into `gradients` and note which are present."""
-        self._scale = scale
-        for position, (parameter, view) in enumerate(
-            zip(self.members, self.gradient_views, strict=True)
-        ):
-            gradient = parameter.grad
-            self.present[position] = gradient is not None
-            if gradient is None:
+        """Have every `.grad`, times `scale`, in `gradients`, and note which are present."""
+        for position, parameter in enumerate(self.members):
+            view = self.gradient_views[position]
+            self.present[position] = parameter.grad is not None
+            if parameter.grad is None:
                 view.zero_()
-            elif gradient.is_sparse:
+                continue
+            if parameter.grad.is_sparse:
                 raise UsageError(
                     "a gradient is sparse (sparse=True): shards take dense gradients only, so "
                     "build the embedding with sparse=False"
                 )
-            elif scale == 1.0:
-                view.copy_(gradient)
-            else:
-                torch.mul(gradient, scale, out=view)
+            self._move_in(position, parameter)
+            if parameter.grad.data_ptr() != view.data_ptr():
+                view.copy_(parameter.grad)
+            if scale != 1.0:
+                view.mul_(scale)
 
-    def collect_again(self) -> None:
-        """As the last time, if an exchange has spoiled `gradients` in vain."""
-        self.collect(self._scale)
+    @torch.no_grad()
+    def _move_in(self, position: int, parameter: torch.Tensor) -> None:
+        """Make a parameter's `.grad` the view into `gradients`, unless it has a graph."""
+        gradient, view = parameter.grad, self.gradient_views[position]
+        assert gradient is not None
+        if gradient.is_sparse or gradient.requires_grad or gradient.data_ptr() == view.data_ptr():
+            return
+        view.copy_(gradient)
+        parameter.grad = view
 
     def set_anchor(self) -> None:
         """Keep a copy of the parameters, for `return_to_anchor`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -46,21 +46,30 @@ class Updater:
                 local_hyperparameters(self._spec.name, hyperparameters[index], group["params"])
             )
 
-    def step(self, whole_norm: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
-        """Apply the gradients that are present, clipped to the spec's norm. `whole_norm`: from the
-        norm of these parameters' gradients to that of the whole model's, if there are others.
+    def norm(self) -> torch.Tensor:
+        """Of the gradients that are present."""
+        self._take_gradients()
+        return self._norm()
+
+    def step(self, norm: torch.Tensor | None = None) -> None:
+        """Apply the gradients that are present, clipped to the spec's norm. `norm`: that of the
+        whole model's, if it has others.
         """
+        self._take_gradients()
+        if self._spec.max_grad_norm is not None:
+            total = self._norm() if norm is None else norm
+            clip_grads_with_norm_(list(self._views.values()), self._spec.max_grad_norm, total)
+        take_step(self._optimizer)
+
+    def _take_gradients(self) -> None:
         for bucket in self._buckets:
             for parameter, gradient, present in zip(
                 bucket.parameter_views, bucket.gradient_views, bucket.present, strict=True
             ):
                 parameter.grad = gradient if present else None
-        if self._spec.max_grad_norm is not None:
-            views = list(self._views.values())
-            norm = get_total_norm([view.grad for view in views if view.grad is not None])
-            whole = norm if whole_norm is None else whole_norm(norm)
-            clip_grads_with_norm_(views, self._spec.max_grad_norm, whole)
-        take_step(self._optimizer)
+
+    def _norm(self) -> torch.Tensor:
+        return get_total_norm([view.grad for view in self._views.values() if view.grad is not None])
 
     def read_state(self) -> StateByParameter:
         """Copies of torch's state."""

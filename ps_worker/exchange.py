@@ -168,7 +168,6 @@ class ParameterServerExchange:
         """
         self._abstained = work.samples == 0
         self._inbox.expect(self._part_numbers, step + 1)
-        self._epoch = self._lead.agree_on_epoch(self._epoch)
         begin = dialogue.encode_begin(step, self._epoch, work, hyperparameters)
         request = shard_pb2.ExchangeRequest(begin=begin)
         self._sent = {shard: [(None, request)] for shard in self._holders}
@@ -194,6 +193,7 @@ class ParameterServerExchange:
         """
         mark = self._inbox.wait_for_parts()
         self._sent = {}
+        self._epoch = self._lead.settled(self._epoch)
         self._take_over()
         refused = self._inbox.take_refusal()
         version = min(self._versions.values())

@@ -48,8 +48,10 @@ class LeadSide(Protocol):
         """Give samples back."""
         ...
 
-    def agree_on_epoch(self, epoch: int) -> int:
-        """The membership epoch of the next step; `epoch` is what this worker has heard."""
+    def settled(self, epoch: int) -> int:
+        """This worker's step is settled. The membership epoch of the next one; `epoch` is what it
+        has heard.
+        """
         ...
 
     def finish(self) -> None:
@@ -95,8 +97,8 @@ class DirectLead:
         lease = shard_pb2.LeaseRequest(returned=leases, declined=declined)
         self._client.request(shard_pb2.ExchangeRequest(lease=lease))
 
-    def agree_on_epoch(self, epoch: int) -> int:
-        """Its answers to the last step have told."""
+    def settled(self, epoch: int) -> int:
+        """Its answers have told."""
         return epoch
 
     def finish(self) -> None:
@@ -155,9 +157,11 @@ class SharedLead:
         if self._direct:
             self._direct.return_leases(leases, declined=declined)
 
-    def agree_on_epoch(self, epoch: int) -> int:
-        """Only the first stage is answered by the lead's shard."""
-        return int.from_bytes(self._replica.share(epoch.to_bytes(8, "little")), "little")
+    def settled(self, epoch: int) -> int:
+        """Only the first stage is answered by the lead's shard. Whatever it tells the lead next
+        means that all stages have settled.
+        """
+        return int(max(row[0] for row in self._replica.gather([float(epoch)])))
 
     def finish(self) -> None:
         """Shards end once the lead has seen all workers finish: every stage leaves them before."""

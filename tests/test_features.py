@@ -1548,7 +1548,7 @@ def test_a_worker_that_joins_begins_at_the_others_epoch_and_learning_rate(
     assert joiner["epochs"] == [1, 2, 3]
     step, count, rate = joiner["begins"]
     assert 8 < step < 16
-    assert (count, rate) == (step, LR / (1 + step))
+    assert (count, rate) == (step, LR * (1 / (1 + step)))  # as LambdaLR multiplies
     assert joiner["seen"][0][0] == step
     seen = [n for result in results for _, rows in result.values["seen"] for n in rows]
     assert sorted(seen) == sorted([*range(64)] * 4)

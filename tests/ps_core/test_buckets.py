@@ -159,7 +159,7 @@ def test_a_zero_gradient_is_present() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("scale", [0.5, 1 / 3, 0.0, 2.0])
-def test_gradients_are_multiplied_with_the_scale_and_left_as_they_are(
+def test_gradients_are_multiplied_with_the_scale_in_place(
     dtype: torch.dtype, scale: float
 ) -> None:
     (parameter,) = random_parameters((100,), dtype=dtype)
@@ -168,7 +168,21 @@ def test_gradients_are_multiplied_with_the_scale_and_left_as_they_are(
     parameter.grad = gradient.clone()
     bucket.collect(scale)
     assert torch.equal(bucket.gradients[:100], gradient * scale)
-    assert torch.equal(parameter.grad, gradient)
+    assert torch.equal(parameter.grad, gradient * scale)
+
+
+def test_a_gradient_is_in_memory_once_and_accumulates_there() -> None:
+    (parameter,) = random_parameters((100,))
+    bucket = bucket_of(parameter)
+    for count in (1, 2):
+        (parameter * 3).sum().backward()
+        assert parameter.grad is not None
+        assert parameter.grad.data_ptr() == bucket.gradients.data_ptr()
+        assert bucket.gradients[:100].tolist() == [3.0 * count] * 100
+    parameter.grad = None
+    parameter.sum().backward()
+    bucket.collect()
+    assert bucket.gradients[:100].tolist() == [1.0] * 100
 
 
 def test_a_gradient_in_another_memory_order_is_collected_in_the_parameters_order() -> None:
