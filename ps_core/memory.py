@@ -1,4 +1,4 @@
-"""How the C library keeps the memory of frames."""
+"""How the C library keeps memory that was freed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MMAP_THRESHOLD_BYTES = 2**25
 """The largest that glibc takes; no message is larger than 16 MiB."""
 _TRIM_THRESHOLD_BYTES = 2**30
+_SMALL_BYTES = 2**20
 
 
 def keep_freed_memory() -> None:
@@ -17,7 +18,21 @@ def keep_freed_memory() -> None:
     megabytes back when it is freed, and the next one is cleared and mapped anew, page by page: as
     much work as all of our own copies. Does nothing where the C library is another one.
     """
+    _set(_MMAP_THRESHOLD_BYTES, _TRIM_THRESHOLD_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Give the memory of large blocks back to the kernel as soon as they are freed.
+
+    A worker of a model that is split is there because memory is short. glibc learns from the first
+    blocks that it frees to keep others of their size; the holes between those that live on add up
+    to a good part of the model. Mapping them anew costs a few per cent of a step.
+    """
+    _set(_SMALL_BYTES, _SMALL_BYTES)
+
+
+def _set(mmap_threshold_bytes: int, trim_threshold_bytes: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, mmap_threshold_bytes)
+        mallopt(_M_TRIM_THRESHOLD, trim_threshold_bytes)

@@ -7,7 +7,7 @@ bytes that are encoded already: hot frames are built once by `codec` and sent to
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -74,8 +74,14 @@ Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 
 
-def _serialize(message: Message | bytes) -> bytes:
-    return message if isinstance(message, bytes) else message.SerializeToString()
+Frame = Callable[[], bytes]
+"""Makes a message when it is about to be sent: one at a time is in memory."""
+
+
+def _serialize(message: Message | bytes | Frame) -> bytes:
+    if isinstance(message, Message):
+        return message.SerializeToString()
+    return message if isinstance(message, bytes) else message()
 
 
 def _keepalive(config: RpcConfig) -> list[tuple[str, int]]:

@@ -26,6 +26,7 @@ from ps_core.errors import (
 )
 from ps_core.rpc import (
     SHARD_SERVICE,
+    Frame,
     open_channel,
     stream_stream,
     stream_unary,
@@ -54,7 +55,7 @@ class Listener(Protocol):
         """A message has come."""
         ...
 
-    def missing(self, shard: int) -> list[shard_pb2.ExchangeRequest | bytes]:
+    def missing(self, shard: int) -> list[shard_pb2.ExchangeRequest | Frame]:
         """The stream has broken and is open again: what the shard must hear, again or now."""
         ...
 
@@ -213,8 +214,8 @@ class ShardClient:
         )
         self._reader.start()
 
-    def send(self, message: shard_pb2.ExchangeRequest | bytes) -> None:
-        """Send on the stream. Does not block."""
+    def send(self, message: shard_pb2.ExchangeRequest | Frame) -> None:
+        """Send on the stream. Does not block; a frame is made later, on a thread of gRPC."""
         with self._sending:
             self._outgoing.put(message)
 
@@ -257,7 +258,7 @@ class ShardClient:
         return _unary(call, request, str(self), self._config.call_timeout_seconds)
 
     def _open_stream(
-        self, missing: Callable[[], Iterable[shard_pb2.ExchangeRequest | bytes]]
+        self, missing: Callable[[], Iterable[shard_pb2.ExchangeRequest | Frame]]
     ) -> None:
         """Start a stream that says hello, repeats what is not answered, and goes on from there.
 

@@ -34,6 +34,7 @@ from ps_core.memory import keep_freed_memory
 from ps_core.metrics import WorkerMetrics
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import Plan
+from ps_core.rpc import Frame
 from ps_core.settings import Config
 from ps_core.v1 import shard_pb2, tensor_pb2
 from ps_worker.client import ShardClient
@@ -73,7 +74,7 @@ class ParameterServerExchange:
         """Of each part held."""
         self._base: dict[int, int] = {}
         """The versions that the open step's gradients were computed from."""
-        self._sent: dict[int, list[tuple[int | None, shard_pb2.ExchangeRequest | bytes]]] = {}
+        self._sent: dict[int, list[tuple[int | None, shard_pb2.ExchangeRequest | Frame]]] = {}
         """Shard → the messages of the open step: its begin, then pushes with the part's index."""
         self._chosen = False
         self._abstained = False
@@ -94,7 +95,8 @@ class ParameterServerExchange:
         Raises ShardUnreachableError, MismatchError, DataLossError or JobFailedError, each within
         its timeout; JobOverError when there is nothing left to do.
         """
-        keep_freed_memory()
+        if self._replica is None:  # a split model's memory is short
+            keep_freed_memory()
         self._plan = plan
         self._buckets = {bucket.layout.index: bucket for bucket in buckets}
         self._parts = {index: plan.parts_of_bucket(index) for index in self._buckets}
@@ -177,11 +179,11 @@ class ParameterServerExchange:
             self._clients[shard].send(request)
 
     def submit(self, bucket: Bucket, step: int) -> None:
-        """Queue the bucket's parts for their shards; copies the gradients once."""
+        """Queue the bucket's parts for their shards; each is copied once, when it is sent."""
         bucket.download()
         for part in self._parts[bucket.layout.index]:
             present = [bucket.present[self._positions[s.parameter][1]] for s in part.slices]
-            frame = codec.encode_push(step, part, present, bucket.host_gradients)
+            frame = partial(codec.encode_push, step, part, present, bucket.host_gradients)
             self._sent[part.shard].append((part.index, frame))
             self._clients[part.shard].send(frame)
             self._metrics.pushed(part.shard, part.num_bytes)
@@ -318,7 +320,7 @@ class ParameterServerExchange:
             case other:
                 raise ProtocolError(f"shard {shard} sends {other} on an open stream")
 
-    def missing(self, shard: int) -> list[shard_pb2.ExchangeRequest | bytes]:
+    def missing(self, shard: int) -> list[shard_pb2.ExchangeRequest | Frame]:
         """The begin and the pushes that were not answered; without a step, the parts that are still
         expected.
         """

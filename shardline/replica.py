@@ -18,27 +18,26 @@ from ps_core.settings import Config
 class StageOfReplica:
     """This worker among them. Implements ps_core.exchange.Replica."""
 
-    group: PipelineGroup
-    """For the pipeline."""
-
     def __init__(self, config: Config, device: torch.device) -> None:
         """Does not connect yet."""
         self.num_stages = config.pipeline.stages
         self.index, self.stage = divmod(config.cluster.rank, self.num_stages)
         self._config = config
         self._device = device
+        self._rendezvous: Rendezvous | None = None
         self._channel: Group | None = None
+        self._pipeline: PipelineGroup | None = None
 
     def connect(self) -> None:
         """Blocks until all are there, within bounds. Raises JoinTimeoutError, JobFailedError."""
         config, timeout = self._config, self._config.allreduce.timeout_seconds
-        self.rendezvous = rendezvous = Rendezvous(config, self._device.type, self.index)
+        rendezvous = self._rendezvous = Rendezvous(config, self._device.type, self.index)
         rendezvous.meet()
         store, host = rendezvous.group_store(), rendezvous.own_host
         size = self.num_stages
         with _noticing():
             self._channel = Group(Wiring(store, self.stage, size, 1, host, False, timeout))
-        self.group = connect(
+        self._pipeline = connect(
             store,
             self.stage,
             size,
@@ -68,15 +67,31 @@ class StageOfReplica:
         return host
 
     def close(self, *, well: bool) -> None:
-        """Leave: well, when all do; otherwise the others notice at once. Idempotent."""
-        channel, self._channel = self._channel, None
+        """Leave, also in the middle of `connect`: well, when all do; otherwise the others notice at
+        once. Idempotent.
+        """
+        pipeline, channel, rendezvous = self._pipeline, self._channel, self._rendezvous
+        self._pipeline = self._channel = self._rendezvous = None
+        if pipeline is not None and well:
+            disconnect(pipeline)
+        elif pipeline is not None:
+            pipeline.abort()
         if channel is not None:
-            if well:
-                disconnect(self.group)
-            else:
-                self.group.abort()
             channel.close()
-            self.rendezvous.close()
+        if rendezvous is not None:
+            rendezvous.close()
+
+    @property
+    def group(self) -> PipelineGroup:
+        """For the pipeline."""
+        assert self._pipeline is not None, "connect comes first"
+        return self._pipeline
+
+    @property
+    def rendezvous(self) -> Rendezvous:
+        """Where they have met."""
+        assert self._rendezvous is not None, "connect comes first"
+        return self._rendezvous
 
     @property
     def _connected(self) -> Group:

@@ -159,9 +159,7 @@ def test_a_zero_gradient_is_present() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("scale", [0.5, 1 / 3, 0.0, 2.0])
-def test_gradients_are_multiplied_with_the_scale_in_place(
-    dtype: torch.dtype, scale: float
-) -> None:
+def test_gradients_are_multiplied_with_the_scale_in_place(dtype: torch.dtype, scale: float) -> None:
     (parameter,) = random_parameters((100,), dtype=dtype)
     bucket = bucket_of(parameter)
     gradient = torch.linspace(-3, 3, 100).to(dtype)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from ps_core.errors import (
     ShardUnreachableError,
 )
 from ps_core.exchange import Farewell
+from ps_core.rpc import Frame
 from ps_core.settings import Config, MembershipConfig, RpcConfig
 from ps_core.v1 import shard_pb2
 from ps_core.v1.shard_pb2 import ExchangeRequest, ExchangeResponse, WorkerId
@@ -68,7 +70,7 @@ class Notes:
 
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[str | Received | ShardlineError] = queue.SimpleQueue()
-        self.to_send: list[ExchangeRequest | bytes] = []
+        self.to_send: list[ExchangeRequest | Frame] = []
         """What the shard has missed."""
         self.hear: Callable[[Received], None] = self._events.put
         """What is done with a message."""
@@ -77,7 +79,7 @@ class Notes:
         assert shard == 1
         self.hear(response)
 
-    def missing(self, shard: int) -> list[ExchangeRequest | bytes]:
+    def missing(self, shard: int) -> list[ExchangeRequest | Frame]:
         assert shard == 1
         return self.to_send
 
@@ -255,7 +257,7 @@ def test_messages_are_sent_in_order_and_as_they_are(shard: FakeShard) -> None:
     frame = encode_answer(1, 2, torch.ones(3))
     with connection(shard) as (client, _, stream):
         client.send(begin(7))
-        client.send(frame)
+        client.send(lambda: frame)
         client.request(meet(8))
         assert stream.read() == begin(7)
         assert stream.read_bytes() == frame
@@ -316,7 +318,7 @@ def test_a_broken_stream_is_opened_again_and_what_was_not_answered_is_repeated(
         client.request(meet(2))
         assert [stream.read().number for _ in range(5)] == [1, 2, 3, 4, 5]
         assert client.answered(1)
-        notes.to_send = [begin(9), *frames[1:]]
+        notes.to_send = [begin(9), *(partial(bytes, frame) for frame in frames[1:])]
         break_stream(stream)
         again = shard.accept()
         assert again.read() == HELLO
@@ -378,8 +380,8 @@ def test_what_is_sent_while_the_stream_is_broken_reaches_the_shard_once(
         break_stream(stream)
         assert notes.next() == "a symptom"
         client.request(idle())
-        notes.to_send = [frame]  # as the exchange does: it notes what it sends
-        client.send(frame)
+        notes.to_send = [lambda: frame]  # as the exchange does: it notes what it sends
+        client.send(lambda: frame)
         client.send(BEAT)
         shard.may_describe.set()
         again = shard.accept()
