@@ -27,6 +27,8 @@ Then memory, with a larger mlp, of the worker of each system that takes up most:
   unused       resident memory that was freed, after a step: the C library keeps it
   peak         highest resident memory in the worker's life, construction and the end of the session
                included, less that of a process that has imported the same and taken a tiny step
+  of layers    peak, relative to the parameters, gradients and optimizer state of the worker's own
+               layers, wherever the state is; wanted of stages is at most 1.05
 """
 
 import argparse
@@ -188,8 +190,8 @@ def draw_speed(chosen: Namespace, model: str, rows: Sequence[Row]) -> Table:
 def draw_memory(rows: Sequence[Row]) -> Table:
     kinds = ["parameters", "gradients", "flat_gradients", "optimizer_state", "other"]
     keys = ["share", "must_mib", *(f"{kind}_mib" for kind in kinds)]
-    keys += ["held_of_must", "unused_mib", "peak_mib", "peak_of_must"]
-    headings = "share|must|param.|grad.|flat|state|other|held/must|unused|peak|peak/must"
+    keys += ["held_of_must", "unused_mib", "peak_mib", "peak_of_must", "peak_of_layers"]
+    headings = "share|must|param.|grad.|flat|state|other|held/must|unused|peak|peak/must|of layers"
     return draw("Memory of a worker, MiB", headings, keys, rows)
 
 
@@ -202,9 +204,9 @@ def targets(speed: Sequence[Row], memory: Sequence[Row]) -> list[Row]:
         for row in rows
     ]
     for row in memory:
-        system, value = SYSTEMS[row["system"]], row["peak_of_must"]
+        system, value = SYSTEMS[row["system"]], row["peak_of_layers"]
         if system.is_staged:
-            what = f"{system.label}, peak of what it must hold"
+            what = f"{system.label}, peak of what its layers take"
             wanted.append({"what": what, "value": value, "at_most": MOST, "met": value <= MOST})
     return wanted
 
@@ -238,7 +240,7 @@ def parse() -> Namespace:
     add("--gpt-width", type=int, default=128, help="features of a character")
     add("--mlp-layers", type=int, default=4, help="linear ones")
     add("--mlp-width", type=int, default=2048, help="features of all of them")
-    add("--memory-mib", type=int, default=256, help="parameters of the mlp there; 0: no memory")
+    add("--memory-mib", type=int, default=512, help="parameters of the mlp there; 0: no memory")
     add("--memory-width", type=int, default=1024, help="features of all its layers")
     add("--memory-batch", type=int, default=16, help="samples in a step there")
     add("--memory-steps", type=int, default=4, help="there")

@@ -14,6 +14,8 @@ from ps_core.buckets import Bucket
 MIB = 2**20
 MOST = 1.05
 """What a worker may take up, relative to what it must hold."""
+_STATE = 2
+"""Tensors of the size of a parameter in AdamW's state of it."""
 Row: TypeAlias = dict[str, Any]
 
 
@@ -88,6 +90,7 @@ def memory_row(system: str, bare_bytes: int, workers: Sequence[Row]) -> Row:
 
 def _of_worker(bare_bytes: int, worker: Row) -> Row:
     held = worker["held_bytes"]
+    layers = (2 + _STATE) * worker["own_bytes"]
     must = 2 * worker["own_bytes"] + held["optimizer_state"]  # gradients are as large as parameters
     peak = max(worker["peak_bytes"], worker["last_peak_bytes"]) - bare_bytes
     return {
@@ -101,6 +104,7 @@ def _of_worker(bare_bytes: int, worker: Row) -> Row:
         "training_peak_mib": _mib(worker["peak_bytes"] - bare_bytes),
         "peak_mib": _mib(peak),
         "peak_of_must": round(peak / must, 3),
+        "peak_of_layers": round(peak / layers, 3),
     }
 
 
