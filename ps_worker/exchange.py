@@ -128,9 +128,9 @@ class ParameterServerExchange:
             stage, num_stages = replica.stage, replica.num_stages
             incarnation = int.from_bytes(replica.share(incarnation.to_bytes(8, "little")), "little")
         rank, addresses = self._config.cluster.rank, self._config.cluster.shards
-        worker = shard_pb2.WorkerId(rank=rank, incarnation=incarnation)
+        self._worker = shard_pb2.WorkerId(rank=rank, incarnation=incarnation)
         return {
-            index: ShardClient(index, addresses[index], worker, self._config)
+            index: ShardClient(index, addresses[index], self._worker, self._config)
             for index in range(stage, len(addresses), num_stages)
         }
 
@@ -224,10 +224,24 @@ class ParameterServerExchange:
             _say_goodbye(self._lead.finish)
         if _LEAD in self._clients:
             _say_goodbye(partial(self._clients[_LEAD].leave, farewell, failure))
+        elif self._clients and farewell is not Farewell.FINISHED:
+            _say_goodbye(partial(self._give_up, farewell, failure))
         if self._heartbeat is not None:
             self._heartbeat.close()
         for client in self._clients.values():
             client.close()
+
+    def _give_up(self, farewell: Farewell, failure: str) -> None:
+        """Tell the lead that the replica is gone, which its first stage may be unable to: this one
+        ends in the middle of a step.
+        """
+        what = Farewell.FATAL if farewell is Farewell.FATAL else Farewell.FAILED
+        address = self._config.cluster.shards[_LEAD]
+        lead = ShardClient(_LEAD, address, self._worker, self._config)
+        try:
+            lead.leave(what, failure or "preempted")
+        finally:
+            lead.close()
 
     # -- Peers -------------------------------------------------------------------------------------
 
