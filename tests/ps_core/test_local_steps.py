@@ -124,6 +124,9 @@ class Observed:
     def before_step(self) -> None:
         pass
 
+    def before_backward(self) -> None:
+        pass
+
     def take_work(self) -> Work:
         return self.works.pop(0) if self.works else Work(samples=1)
 

@@ -30,6 +30,9 @@ class Observed:
     def before_step(self) -> None:
         pass
 
+    def before_backward(self) -> None:
+        pass
+
     def take_work(self) -> Work:
         return Work(samples=3)
 
