@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check protos bench stragglers train clean
+.PHONY: help install demo test faults check protos bench stragglers train clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -24,8 +24,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## train on two shards and two workers on this machine
 	$(BIN)/shardline run --shards 2 --workers 2 examples/digits.py
 
-test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## run the tests, but for the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+faults: $(INSTALLED) ## run the slow tests: whole runs that are killed, stopped and joined
+	$(BIN)/python -m pytest -m slow
 
 check: $(INSTALLED) ## format, lint, types, generated files, layers
 	$(BIN)/ruff format --check

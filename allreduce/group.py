@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -225,6 +226,9 @@ class Group:
         for group in groups.values():
             with contextlib.suppress(RuntimeError):
                 group.abort()
+        # torch ends a group only after what it is in the middle of, which `abort` does not always
+        # break off: it may take until the timeout.
+        threading.Thread(target=groups.clear, name="drop group", daemon=True).start()
 
     def _for(self, tensor: torch.Tensor) -> _Backend | None:
         return self._host if tensor.is_cpu else self._device

@@ -8,7 +8,7 @@ The rules, each with a test in tests/allreduce/test_passes.py:
 2. Every worker learns which samples each update is made of, and that alone takes them from what is
    free. What a worker has drawn ahead, or its script has skipped, stays free.
 3. When the members are others than before, everything that is free is dealt anew. What workers hold
-   of the deal before is void, except for what is behind a step that they are in the middle of.
+   of the deal before is void, also what is behind a step that they are in the middle of.
 4. When all have come to the end of their data, what is still free is dealt anew to those who want
    more of it. If nobody has used anything of such a deal, the pass ends without it.
 5. Who comes to a pass that has ended is told so.
@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 from allreduce.record import Reading
 from ps_core.errors import UsageError
@@ -73,10 +72,10 @@ class Pass:
     has_progress: bool = True
     """Something was used since the free positions were last dealt to those who want more."""
 
-    def free(self, without: Iterable[range] = ()) -> list[range]:
+    def free(self) -> list[range]:
         """What nobody has used."""
         free = Ranges([range(self.num_positions)])
-        for positions in chain(self.used, without):
+        for positions in self.used:
             free.remove(positions)
         return list(iter(free))  # list(free) would make room for as many ranges as positions
 
@@ -158,17 +157,12 @@ class Passes:
 
     # -- What all workers are told -----------------------------------------------------------------
 
-    def set_members(self, members: Sequence[int], reserved: Sequence[Reading] = ()) -> None:
-        """The members are others, or in the middle of a step with `reserved`. Rule 3."""
+    def set_members(self, members: Sequence[int]) -> None:
+        """The members are others. Rule 3."""
         self._members = tuple(sorted(members))
         self._held.clear()
-        for loader, current in self.open.items():
-            kept = [
-                each.positions
-                for each in reserved
-                if (each.loader, each.number) == (loader, current.number)
-            ]
-            self._deal(current, self._members, kept)
+        for current in self.open.values():
+            self._deal(current, self._members)
 
     def use(self, readings: Iterable[Reading]) -> None:
         """An update is made of these samples. Rule 2. Raises UsageError when workers read a pass
@@ -198,7 +192,7 @@ class Passes:
         self._held.clear()
         for current in self.open.values():
             current.has_progress = False
-            self._deal(current, tuple(sorted(takers)), ())
+            self._deal(current, tuple(sorted(takers)))
         return True
 
     def more(self) -> Grant | None:
@@ -223,11 +217,11 @@ class Passes:
     def _begin(self, loader: int, reads: Reading, point: Point) -> Pass:
         current = Pass(reads.number, reads.num_positions, reads.unit, reads.is_shared, point)
         self.open[loader] = current
-        self._deal(current, self._members, ())
+        self._deal(current, self._members)
         return current
 
-    def _deal(self, current: Pass, members: tuple[int, ...], kept: Sequence[range]) -> None:
-        units = Units(current.free(kept), current.unit)
+    def _deal(self, current: Pass, members: tuple[int, ...]) -> None:
+        units = Units(current.free(), current.unit)
         is_dealt_to = self._me in members
         deal = Deal(units, members, current.is_shared, dict(self.speeds))
         current.deal, current.num_taken = deal if is_dealt_to else None, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Mapping
 
 import torch
@@ -63,6 +64,17 @@ def farewell(error: BaseException) -> Farewell:
         return Farewell.PREEMPTED
     hopeless = isinstance(error, UsageError | NonFiniteError | MismatchError | DataLossError)
     return Farewell.FATAL if hopeless else Farewell.FAILED
+
+
+def forget_frames(error: BaseException) -> BaseException:
+    """The error, without what its traceback refers to: process groups that outlive the session
+    there may abort the process when it ends.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__
+    return error
 
 
 def reason(error: BaseException) -> str:

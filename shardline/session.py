@@ -31,6 +31,7 @@ from shardline.description import (
     choose_device,
     extras,
     farewell,
+    forget_frames,
     job_spec,
     prepare_torch,
     reason,
@@ -75,7 +76,7 @@ def _exit_on_error() -> Iterator[None]:
         yield
     except ShardlineError as error:
         _say(str(error))
-        raise SystemExit(error.exit_code) from error
+        raise SystemExit(error.exit_code) from forget_frames(error)
 
 
 class Session:

@@ -30,7 +30,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file
 
-from allreduce.rendezvous import Keeper
+from allreduce.store import Keeper
 from ps_core.config import inherited_environment
 from shardline.ports import free_ports
 from tests.host import STACKS_SIGNAL, Case, Message, Result, run_case
@@ -50,7 +50,9 @@ DEFAULTS: Final = {
     "SHARDLINE_WORKER_DEVICE": "cpu",
     "SHARDLINE_WORKER_THREADS": "1",
 }
-
+# torch looks up the name of everybody who connects to its store. A name server that does not answer
+# all of so many questions should cost a second at most; here and in the hosts.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 Inbox = queue.SimpleQueue[tuple[str, Message | None]]
 """Pairs of a host's name and its answer; None: it has died."""
@@ -214,7 +216,8 @@ def _hosts() -> _Hosts:
 class Cluster:
     """`num_shards` shards and `num_workers` workers, unless a job says otherwise.
 
-    With 0 shards the workers are those of strategy allreduce.
+    With 0 shards the workers are those of strategy allreduce. They have a rendezvous, and so have
+    those of a job with several stages.
 
     All clusters use the same processes, one job at a time. A job that goes wrong ends them, and the
     next one starts new ones.
@@ -318,12 +321,15 @@ class Cluster:
             "SHARDLINE_CLUSTER_MAX_WORKERS": str(len(workers)),
         }
         environ = {**numbers, **environ}
+        is_staged = int(environ.get("SHARDLINE_PIPELINE_STAGES", "1")) > 1
+        keeper = Keeper("127.0.0.1", 0) if is_staged or not shards else None
+        if keeper is not None:
+            address = {"SHARDLINE_CLUSTER_RENDEZVOUS": f"127.0.0.1:{keeper.port}"}
+            environ = {**address, **environ}
         if shards:
             common = self._serve(shards, workers, environ)
         else:
-            keeper = Keeper("127.0.0.1", 0)
-            address = {"SHARDLINE_CLUSTER_RENDEZVOUS": f"127.0.0.1:{keeper.port}"}
-            common = {**DEFAULTS, "SHARDLINE_JOB_ID": self._hosts.next_job(), **address, **environ}
+            common = {**DEFAULTS, "SHARDLINE_JOB_ID": self._hosts.next_job(), **environ}
         for rank, name in enumerate(workers):
             command = {
                 "role": "worker",

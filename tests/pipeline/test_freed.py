@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Large blocks that are freed with a small one, which stays, in each hole: the heap only grows.
+# Large blocks that are freed with a smaller one, which stays, in each hole: the heap only grows.
 _PROGRAM = """
 import sys
 import torch
@@ -19,11 +19,11 @@ from ps_core.memory import keep_freed_memory
 keep_freed_memory()
 freed = Freed()
 kept = []
-for _ in range(32):
-    torch.ones(2**20)
-    kept += [torch.ones(1000)]
+for _ in range(8):
+    torch.ones(2**22)  # fits into no hole that the imports have left
+    kept += [torch.ones(2**15)]
     if sys.argv[1] == "give back":
-        freed.add(2**22)
+        freed.add(2**24)
 pages = int(Path("/proc/self/statm").read_text().split()[1])
 print(pages * 4096 // 2**20)
 """
