@@ -23,7 +23,7 @@ from allreduce.store import Keeper
 from tests.allreduce.together import wait_until
 from tests.processes import Process
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 NUM_SAMPLES: Final = 48
 BATCH_SIZE: Final = 4

@@ -25,6 +25,8 @@ MODES = {
     "local": {"MODE": "local", "LOCAL_STEPS": "4", "OUTER_MOMENTUM": "0.5"},
 }
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
