@@ -89,6 +89,8 @@ class Crew:
         self._is_new = True
         self._kept_state: StateByParameter | None = None
         self._looked_at = 0.0
+        self._has_caught_up = False
+        """Others had completed the round that this worker was in when the group broke."""
         self.has_received = False
         """When the group was formed last, this worker took over what others held."""
         self.written_state: StateByParameter | None = None
@@ -181,12 +183,14 @@ class Crew:
         return self._form(leavers, finish)
 
     def _form(self, leavers: Sequence[int], finish: Finish | None) -> bool:
+        self._has_caught_up = False
         while True:
             self.drop()
             self.rendezvous.meet(leavers)
             try:
                 self._group = self._connect()
-                return self._settle_in(self._group, finish)
+                self._settle_in(self._group, finish)
+                return self._has_caught_up
             except PeerLostError:
                 leavers = ()
 
@@ -208,25 +212,31 @@ class Crew:
             )
         )
 
-    def _settle_in(self, group: Group, finish: Finish | None) -> bool:
-        agreed = self.agreed
-        own = _Answer(self._is_new, agreed.round, has_sums=finish is not None)
+    def _settle_in(self, group: Group, finish: Finish | None) -> None:
+        """May break off at every exchange with others, and begin anew in another group."""
+        own = _Answer(self._is_new, self.agreed.round, has_sums=finish is not None)
         answers = [_Answer.decode(row) for row in group.gather(own.encode()).wait()]
         leader = max(
             range(len(answers)), key=lambda i: (not answers[i].is_new, answers[i].round, -i)
         )
-        newest = answers[leader]
-        is_completed = not own.is_new and own.round < newest.round
-        if is_completed and finish is not None:
+        newest, agreed = answers[leader], b""
+        if any(each.is_behind(newest) for each in answers):
+            agreed = share_bytes_everywhere(group, leader, state.encode(self.agreed))
+        if own.is_behind(newest) and not own.lacks_tensors(newest) and finish is not None:
+            self._catch_up(agreed)
             finish()
         self._hand_over_tensors(group, [answers[i] for i in group.sharing], newest)
-        if any(each.is_behind(newest) for each in answers):
-            data = share_bytes_everywhere(group, leader, state.encode(agreed))
-            if own.is_behind(newest):
-                state.adopt(agreed, data)
-        agreed.passes.set_members(self.replicas)
+        if own.lacks_tensors(newest):
+            self._catch_up(agreed)
+        self.agreed.passes.set_members(self.replicas)
         self._is_new = False
-        return is_completed
+
+    def _catch_up(self, agreed: bytes) -> None:
+        """This worker's tensors are those of the newest round, or will be before it hears from
+        others again.
+        """
+        self._has_caught_up = not self._is_new
+        state.adopt(self.agreed, agreed)
 
     def _hand_over_tensors(self, group: Group, answers: Sequence[_Answer], newest: _Answer) -> None:
         """From one of those that share them and have the newest, if anybody has others."""

@@ -197,6 +197,7 @@ class AllReduceExchange:
     def _complete(self) -> Table:
         """Complete the open round, whoever is lost on the way."""
         while True:
+            lost = ""
             try:
                 table = self._hear(self._round)
                 if table.readers:
@@ -206,7 +207,9 @@ class AllReduceExchange:
                     self._begin_again(self._round.record)
                     continue
                 self._make_update(table)
-            except PeerLostError as lost:
+            except PeerLostError as error:
+                lost = str(error)
+            if lost:  # not above, where `error` still keeps connections of the group open
                 log.warning("a worker is gone (%s)", lost)
                 self._metrics.lost()
                 if self._form_again(self._round.finish):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -71,9 +71,11 @@ class Pending:
         self._doing = doing
         self._timeout_seconds = timeout_seconds
         self._on_device = on_device
+        self._is_lost = False
 
     def is_done(self) -> bool:
         """Whether `wait` would not block. Raises PeerLostError."""
+        self._check()
         if self._work is None:
             return True
         with _noticing(self._doing):
@@ -81,6 +83,7 @@ class Pending:
 
     def wait(self) -> None:
         """Block until the result is there. Raises PeerLostError."""
+        self._check()
         if self._work is None:
             return
         with _noticing(self._doing):
@@ -92,6 +95,17 @@ class Pending:
                 time.sleep(_POLL_SECONDS)
             self._work.wait()
         self._work = None
+
+    def give_up(self) -> None:
+        """It will not be waited for. As long as torch's object is there, the group's connections
+        stay open, and so members that are not next to the lost one would not notice anything.
+        """
+        self._is_lost = self._is_lost or self._work is not None
+        self._work = None
+
+    def _check(self) -> None:
+        if self._is_lost:
+            raise PeerLostError(f"while {self._doing}: the group is closed")
 
 
 _DONE = Pending(None, "", 0, on_device=False)
@@ -154,6 +168,7 @@ class Group:
         """The model is: other members have other parameters."""
         self.is_on_device = wiring.uses_nccl
         self._timeout_seconds = wiring.timeout_seconds
+        self._started: weakref.WeakSet[Pending] = weakref.WeakSet()
         self._all: _Backend | None = None
         self._host: _Backend | None = None
         self._device: _Backend | None = None
@@ -221,21 +236,23 @@ class Group:
 
     def close(self) -> None:
         """Drop all connections, which the other members notice at once. Idempotent."""
+        for pending in list(self._started):
+            pending.give_up()
         groups = {id(each): each for each in (self._device, self._host, self._all) if each}
         self._all = self._host = self._device = None
         for group in groups.values():
             with contextlib.suppress(RuntimeError):
                 group.abort()
-        # torch ends a group only after what it is in the middle of, which `abort` does not always
-        # break off: it may take until the timeout.
-        threading.Thread(target=groups.clear, name="drop group", daemon=True).start()
 
     def _for(self, tensor: torch.Tensor) -> _Backend | None:
         return self._host if tensor.is_cpu else self._device
 
     def _start(self, start: Callable[[], Work], doing: str, on: torch.Tensor) -> Pending:
         with _noticing(doing):
-            return Pending(start(), doing, self._timeout_seconds, on_device=not on.is_cpu)
+            work = start()
+        pending = Pending(work, doing, self._timeout_seconds, on_device=not on.is_cpu)
+        self._started.add(pending)
+        return pending
 
 
 def _gloo(wiring: Wiring, name: str, index: int, size: int) -> _Backend:

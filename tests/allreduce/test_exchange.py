@@ -194,6 +194,23 @@ def test_a_step_that_is_complete_nowhere_comes_to_nothing(stack: ExitStack) -> N
     job.check(first, second)
 
 
+def test_a_loss_is_noticed_at_once_by_all(stack: ExitStack) -> None:
+    """Also by those whom no connection joins to the lost one in Gloo's rings."""
+    job = Job(stack, 6)
+    step_all(*job.workers)
+    *others, lost = job.workers
+    for number in range(2):
+        waiting = [Worker(each.step) for each in others]
+        began = time.monotonic()
+        lost.kill()
+        assert [each.outcome() for each in waiting] == [False] * len(others)
+        assert time.monotonic() - began < PATIENCE_SECONDS / 4, "half of this is the timeout"
+        step_all(*others)
+        assert others[0].ranks == tuple(range(5 - number))
+        *others, lost = others
+    job.check(*others)
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_step_that_is_complete_on_one_counts_for_all(stack: ExitStack, ahead: int) -> None:
     job = Job(stack, 3)
@@ -380,7 +397,7 @@ def test_a_guest_with_other_buffers_is_told_what_differs(
     guest.extras = extras
     joining = Worker(guest.join_or_fail)
     with pytest.raises(JobFailedError, match=r"the job has failed: worker 1: .*'count'"):
-        first.step_with((0, 1))
+        first.step_with((7,))  # for ever
     assert isinstance(joining.outcome(), MismatchError)
 
 

@@ -201,6 +201,32 @@ def test_a_member_that_closes_is_noticed_at_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gather", "add up"])
+def test_who_is_not_next_to_the_lost_member_notices_when_its_neighbours_close(name: str) -> None:
+    """Gloo's rings connect neighbours: so everybody closes, whatever else is on its way."""
+    kept = []
+
+    def act(group: Group) -> None:
+        kept.extend([group.add_up(torch.ones(1000)) for _ in range(5)])
+        lost = False
+        try:
+            ACTS[name](group)
+        except PeerLostError:
+            lost = True
+        assert lost
+        group.close()
+
+    with groups(6, timeout_seconds=60) as members:
+        waiting = [Worker(partial(act, member)) for member in members[:-1]]
+        began = time.monotonic()
+        members[-1].close()
+        assert [each.outcome() for each in waiting] == [None] * 5
+        assert time.monotonic() - began < SOON_SECONDS
+    for pending in kept:
+        with pytest.raises(PeerLostError):
+            pending.wait()
+
+
+@pytest.mark.parametrize("name", ["gather", "add up"])
 def test_a_member_that_has_closed_before_is_noticed_at_once(name: str) -> None:
     with groups(3, timeout_seconds=60) as (first, second, third):
         third.close()
