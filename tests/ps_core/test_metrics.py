@@ -23,6 +23,7 @@ from ps_core.errors import (
     ShardlineError,
     status_of,
 )
+from ps_core.group_metrics import AllReduceMetrics, PipelineMetrics
 from ps_core.lead_metrics import LeadMetrics
 from ps_core.metrics import REGISTRY, Endpoint, ShardMetrics, WorkerMetrics, start_endpoint
 
@@ -57,6 +58,14 @@ CONTRACT = {
     ("shardline_live_workers", "gauge", ("shard",)),
     ("shardline_hyperparameter_differences", "counter", ("shard",)),
     ("shardline_refused_frames", "counter", ("shard", "reason")),
+    # Of workers that all-reduce, and of those that have a stage of a model.
+    ("shardline_allreduce_seconds", "histogram", ("worker", "phase")),
+    ("shardline_allreduce_members", "gauge", ("worker",)),
+    ("shardline_allreduce_generation", "gauge", ("worker",)),
+    ("shardline_allreduce_broken_rounds", "counter", ("worker",)),
+    ("shardline_pipeline_stage_seconds", "histogram", ("worker", "stage", "direction")),
+    ("shardline_pipeline_bubble_ratio", "gauge", ("worker",)),
+    ("shardline_pipeline_activation_bytes", "gauge", ("worker",)),
     # Of the lead only.
     ("shardline_evictions", "counter", ("reason",)),
     ("shardline_preemptions", "counter", ()),
@@ -99,6 +108,8 @@ def endpoint() -> Iterator[Endpoint]:
 
 def test_every_metric_has_our_prefix_a_meaning_and_the_promised_labels() -> None:
     LeadMetrics()
+    AllReduceMetrics(0)
+    PipelineMetrics(0, [0])
     declared = {
         (family.name, family.type, family.documentation)
         for family in REGISTRY.collect()
@@ -115,6 +126,8 @@ def test_series_carry_the_promised_labels(number: int, endpoint: Endpoint) -> No
     shard.set_clock(rank=0, step=0)
     shard.lag(rank=0, seconds=0.0)
     LeadMetrics().no_straggler(number)
+    AllReduceMetrics(number)
+    PipelineMetrics(number, [0])
     promised = {name: set(labels) for name, _, labels in CONTRACT}
     seen: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(scrape(endpoint)):
