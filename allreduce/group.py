@@ -7,7 +7,6 @@ groups are left alone, and a group that has lost a member is dropped as a whole.
 from __future__ import annotations
 
 import contextlib
-import re
 import socket
 import time
 import weakref
@@ -25,7 +24,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # it exports them
     Work,
 )
 
-from ps_core.errors import ShardlineError
+from ps_core.errors import ShardlineError, in_short
 
 _ROW = 64
 """Numbers of a row that fit into the first gather; longer ones take a second."""
@@ -46,18 +45,13 @@ class PeerLostError(ShardlineError):
     """A member is gone, or has kept the others waiting for too long: the group is broken."""
 
 
-def _in_short(error: RuntimeError) -> str:
-    """Without the place in torch's source in front, and the advice behind."""
-    return re.sub(r"^\[\S+\] |\. This is typically .*|\n.*", "", str(error), flags=re.DOTALL)
-
-
 @contextlib.contextmanager
 def _noticing(doing: str) -> Iterator[None]:
     """torch says RuntimeError whenever a peer or the store is gone."""
     try:
         yield
     except RuntimeError as error:
-        raise PeerLostError(f"while {doing}: {_in_short(error)}") from error
+        raise PeerLostError(f"while {doing}: {in_short(error)}") from error
 
 
 class Pending:

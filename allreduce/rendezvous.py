@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +30,7 @@ from ps_core.errors import (
     JobFailedError,
     JobOverError,
     JoinTimeoutError,
+    in_short,
 )
 from ps_core.heartbeat import Heartbeat
 from ps_core.settings import Config
@@ -76,7 +77,7 @@ def missing(
     return [each for each in expected if each.rank not in arrived and each.token not in lost]
 
 
-def whole(members: Iterable[Member], num_stages: int) -> list[Member]:
+def whole(members: Collection[Member], num_stages: int) -> list[Member]:
     """Those whose replica has all its stages: without stages, all."""
     ranks = {member.rank for member in members}
     return [
@@ -137,7 +138,7 @@ class Rendezvous:
         except (RuntimeError, OSError) as error:
             raise JobFailedError(
                 f"the rendezvous at {self._config.cluster.rendezvous} cannot be reached: "
-                f"{str(error).partition(chr(10))[0]}"
+                f"{in_short(error)}"
             ) from error
 
     def _beat(self) -> None:
@@ -334,7 +335,7 @@ class Rendezvous:
             self._store.set(gone_key(self.me.rank, self.me.pid), "1")
 
     def close(self) -> None:
-        """Drop the connections. Idempotent."""
+        """Stop the heartbeat; the connections go with this object. Idempotent."""
         self._heartbeat.close()
 
 

@@ -11,7 +11,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # it exports them
     TCPStore,
 )
 
-from ps_core.errors import ConfigError
+from ps_core.errors import ConfigError, in_short
 
 _POLL_SECONDS = 0.1
 
@@ -54,7 +54,7 @@ class Keeper:
         try:
             self._root = TCPStore(host, port, is_master=True, wait_for_workers=False)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
+            reason = in_short(error)
             raise ConfigError(f"no rendezvous can be kept at {host}:{port}: {reason}") from error
         self.port: int = self._root.port
         self._store = PrefixStore(store_prefix(0), self._root)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final, TypeVar
@@ -28,7 +27,7 @@ from pipeline.schedule import (
     worker_of,
 )
 from pipeline.stage import ModelError, Stage, model_errors
-from ps_core.errors import JobFailedError, ShardlineError, UsageError
+from ps_core.errors import JobFailedError, ShardlineError, UsageError, in_short
 
 _MAX_SCHEDULES: Final = 2
 """Kept ready: usually for full batches and for an epoch's last one. Each holds buffers for all that
@@ -219,7 +218,7 @@ class PipelineStep:
     def _lost(self, error: Exception) -> JobFailedError:
         """What to say when `error` comes neither from the model nor from us."""
         # Torch's own logging of an error can fail, and then hides it.
-        reason = _in_short(error.__context__ or error)
+        reason = in_short(error.__context__ or error)
         failure = JobFailedError(
             f"worker {self._group.rank()} of {self._group.size()} in the pipeline lost another, "
             f"which is gone or was silent for too long: {reason}"
@@ -227,11 +226,6 @@ class PipelineStep:
         # Its frames hold what was under way, and with it the sockets by which the others know.
         failure.__cause__ = error.with_traceback(None)
         return failure
-
-
-def _in_short(error: BaseException) -> str:
-    """What torch says, without the place in its source in front, and the advice behind."""
-    return re.sub(r"^\[\S+\] |\. This is typically .*|\n.*", "", str(error), flags=re.DOTALL)
 
 
 class _BatchLoss:

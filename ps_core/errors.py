@@ -5,6 +5,7 @@ Every error that a user can meet is a `ShardlineError`. Its class says two thing
 (what a command ends with: 1 the job failed, 2 the user must change something, 3 try again).
 """
 
+import re
 from typing import ClassVar, Final
 
 import grpc
@@ -105,6 +106,11 @@ _CLASSES: Final[dict[grpc.StatusCode, type[ShardlineError]]] = {
     # Something listens there, but it does not offer this service or method.
     grpc.StatusCode.UNIMPLEMENTED: MismatchError,
 }
+
+
+def in_short(error: BaseException) -> str:
+    """What torch says, without the place in its source in front, and the advice behind."""
+    return re.sub(r"^\[\S+\] |\. This is typically .*|\n.*", "", str(error), flags=re.DOTALL)
 
 
 def status_of(error: ShardlineError) -> grpc.StatusCode:

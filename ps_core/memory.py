@@ -26,7 +26,7 @@ def return_freed_memory() -> None:
 
     A worker of a model that is split is there because memory is short. glibc learns from the first
     blocks that it frees to keep others of their size; the holes between those that live on add up
-    to a good part of the model. Mapping them anew costs a few per cent of a step.
+    to a good part of the model. Mapping them anew costs time, which has not been measured.
     """
     _set(_SMALL_BYTES, _SMALL_BYTES)
 

@@ -59,7 +59,7 @@ class StageOfReplica:
         return [row[1 : int(row[0])] for row in rows]
 
     def fetch(self, tensor: torch.Tensor, stage: int) -> torch.Tensor:
-        """One stage's `tensor`, which has the same shape and type on all; a copy on the host."""
+        """One stage's `tensor`, which has the same shape and type on all; on the host."""
         host = tensor.detach().cpu().contiguous()
         with _noticing():
             flat = host.view(-1).view(torch.uint8)
