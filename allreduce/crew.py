@@ -22,7 +22,7 @@ from allreduce.record import Record
 from allreduce.rendezvous import Rendezvous
 from allreduce.sharing import share_bytes_everywhere, share_tensors
 from allreduce.state import Agreed
-from allreduce.whole import Replica
+from allreduce.whole import GroupUpdater
 from ps_core import codec
 from ps_core.buckets import Bucket
 from ps_core.errors import DataLossError, JobFailedError, MismatchError
@@ -39,7 +39,7 @@ _GUEST_SECONDS = 0.25
 class Held:
     """What one worker holds besides what is agreed on."""
 
-    replica: Replica
+    updater: GroupUpdater
     buckets: Sequence[Bucket]
     extras: ReadExtras
 
@@ -124,9 +124,9 @@ class Crew:
     def share_state(self, of: int) -> None:
         """Everybody takes over the optimizer's state of one replica. Raises PeerLostError."""
         assert self._group is not None
-        replica, source = self._held.replica, self.replicas.index(of)
+        updater, source = self._held.updater, self.replicas.index(of)
         own = self.written_state or {}
-        replica.write_state(_by_parameter(share_tensors(self._group, source, _by_name(own))))
+        updater.write_state(_by_parameter(share_tensors(self._group, source, _by_name(own))))
         self.written_state = None
 
     def share_numbers(self, of: int, numbers: Sequence[float]) -> list[float]:
@@ -166,7 +166,7 @@ class Crew:
         """The members will change: everybody keeps the whole state of a sharded optimizer."""
         if self._config.allreduce.shard_optimizer:
             with contextlib.suppress(PeerLostError):  # `form_again` will say what that means
-                self._kept_state = self._held.replica.gather_state()
+                self._kept_state = self._held.updater.gather_state()
 
     def form_again(self, finish: Finish | None, leavers: Sequence[int] = ()) -> bool:
         """The members have changed. True: others have completed the round that this worker was in,
@@ -246,8 +246,8 @@ class Crew:
         kept = self._kept_state or {}
         is_sharded = self._config.allreduce.shard_optimizer
         if source == group.index and any(lacks) and not (newest.is_new or is_sharded):
-            kept = self._held.replica.gather_state()
-        self._held.replica.connect(group)
+            kept = self._held.updater.gather_state()
+        self._held.updater.connect(group)
         self.has_received = lacks[group.index]
         if any(lacks) or is_kept:
             self._share_tensors(group, source, kept)
@@ -261,7 +261,7 @@ class Crew:
             bucket.upload()
         shared = share_tensors(group, source, _by_name(kept))
         if shared and (self.has_received or self._kept_state is not None):
-            held.replica.write_state(_by_parameter(shared))
+            held.updater.write_state(_by_parameter(shared))
         own = held.extras()
         extras = share_tensors(group, source, own)
         if self.has_received:

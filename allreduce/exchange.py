@@ -24,9 +24,9 @@ from allreduce.chronicle import Chronicle
 from allreduce.crew import Crew, Finish, Held
 from allreduce.group import Gathering, PeerLostError
 from allreduce.record import Call, Record
-from allreduce.sharded import ShardedReplica
+from allreduce.sharded import ShardedUpdater
 from allreduce.table import Table
-from allreduce.whole import Replica, WholeReplica
+from allreduce.whole import GroupUpdater, WholeUpdater
 from allreduce.wire import DTYPES
 from ps_core.buckets import Bucket
 from ps_core.errors import ShardlineError
@@ -101,13 +101,13 @@ class AllReduceExchange:
         self._buckets = list(reversed(buckets))  # the last layers' gradients are complete first
         self._spec = optimizer
         dtype = DTYPES.get(self._config.allreduce.wire_dtype)
-        make = ShardedReplica if self._config.allreduce.shard_optimizer else WholeReplica
-        self._replica: Replica = make(plan, buckets, optimizer, dtype)
+        make = ShardedUpdater if self._config.allreduce.shard_optimizer else WholeUpdater
+        self._updater: GroupUpdater = make(plan, buckets, optimizer, dtype)
         self._num_bytes = sum(b.layout.length * b.layout.dtype.itemsize for b in buckets)
         crew = self._crew = Crew(self._config, self._device)
         self._agreed = crew.agreed
         crew.check_job(describe_job(self._config, plan, optimizer))
-        crew.enter(Held(self._replica, buckets, extras))
+        crew.enter(Held(self._updater, buckets, extras))
         self._count_formed()
         is_running = crew.rendezvous.generation > 1
         position = self._agreed.whereabouts.position if is_running else None
@@ -256,7 +256,7 @@ class AllReduceExchange:
         if table.has_step and table.total:
             started = time.perf_counter()
             self._issue(table, all_of_them=True)
-            self._replica.collect()
+            self._updater.collect()
             self._metrics.waited("reduce", time.perf_counter() - started)
             groups = self._agree_on_groups(table)
             if self._num_stages > 1:
@@ -266,7 +266,7 @@ class AllReduceExchange:
 
     def _apply(self, groups: Sequence[Hyperparameters]) -> None:
         """Make the update that all is there for."""
-        self._replica.update(groups)
+        self._updater.update(groups)
         for bucket in self._buckets:
             bucket.accept()
 
@@ -278,7 +278,7 @@ class AllReduceExchange:
         for bucket in self._buckets[self._round.num_issued :]:
             if not (all_of_them or bucket.layout.index in self._round.ready):
                 return
-            self._replica.issue(bucket, own / table.total)
+            self._updater.issue(bucket, own / table.total)
             self._round.num_issued += 1
 
     def _agree_on_groups(self, table: Table) -> Sequence[Hyperparameters]:
@@ -376,12 +376,12 @@ class AllReduceExchange:
         step or meet, and then all gather it.
         """
         if not self._config.allreduce.shard_optimizer:
-            return self._replica.gather_state()
+            return self._updater.gather_state()
         self._take_part(Record(Call.READ, self._agreed.version))
         return self._state
 
     def _read_together(self, table: Table) -> None:
-        state = self._replica.gather_state()
+        state = self._updater.gather_state()
         if self._rank in table.readers:
             self._state = state
 

@@ -34,7 +34,7 @@ class _Piece:
         return flat[self.part.start : self.part.start + self.part.length]
 
 
-class ShardedReplica:
+class ShardedUpdater:
     """All parameters, and a share of the optimizer."""
 
     def __init__(
@@ -53,7 +53,7 @@ class ShardedReplica:
         self._own: list[tuple[Bucket, _Piece, PartOptimizer]] = []
 
     def connect(self, group: Group) -> None:
-        """See Replica. The state begins anew: `gather_state` before and `write_state` after."""
+        """See GroupUpdater. The state begins anew: `gather_state` comes before."""
         self._group = group
         self._summation.connect(group)
         self._pieces = {
@@ -70,7 +70,7 @@ class ShardedReplica:
         ]
 
     def issue(self, bucket: Bucket, weight: float) -> None:
-        """See Replica."""
+        """See GroupUpdater."""
         wire = self._summation.load(bucket, weight)
         sums = [
             self._group.add_up_on(piece.of(wire.buffer), piece.owner)
@@ -79,11 +79,11 @@ class ShardedReplica:
         self._summation.started(wire, sums)
 
     def collect(self) -> None:
-        """See Replica."""
+        """See GroupUpdater."""
         self._summation.finish()
 
     def update(self, hyperparameters: Sequence[Hyperparameters]) -> None:
-        """See Replica."""
+        """See GroupUpdater."""
         self._clip()
         for bucket, piece, optimizer in self._own:
             present = [_is_present(bucket, each.parameter) for each in piece.part.slices]
@@ -124,7 +124,7 @@ class ShardedReplica:
             wire.parameters.copy_(wire.bucket.parameters)
 
     def gather_state(self) -> StateByParameter:
-        """See Replica. The owners send theirs in turn."""
+        """See GroupUpdater. The owners send theirs in turn."""
         state: dict[int, dict[str, torch.Tensor]] = {
             placement.parameter: {}
             for bucket in self._buckets
@@ -160,7 +160,7 @@ class ShardedReplica:
         whole.view(-1)[start : start + len(tensor)] = tensor
 
     def write_state(self, state: StateByParameter) -> None:
-        """See Replica."""
+        """See GroupUpdater."""
         for bucket, piece, optimizer in self._own:
             optimizer.clear_state()
             for index, each in enumerate(piece.part.slices):

@@ -16,7 +16,7 @@ from ps_core.plan import Plan
 from ps_core.updater import Updater
 
 
-class Replica(Protocol):
+class GroupUpdater(Protocol):
     """The parameters and the optimizer of a job, as far as one worker has them.
 
     A round is `issue` for every bucket, in the same order on all workers, then `collect` and
@@ -96,7 +96,7 @@ class Summation:
         self._pending.clear()
 
 
-class WholeReplica:
+class WholeUpdater:
     """All parameters, and the whole optimizer."""
 
     def __init__(
@@ -113,16 +113,16 @@ class WholeReplica:
         """Of the gradients of all stages, where there are several."""
 
     def connect(self, group: Group) -> None:
-        """See Replica."""
+        """See GroupUpdater."""
         self._summation.connect(group)
 
     def issue(self, bucket: Bucket, weight: float) -> None:
-        """See Replica."""
+        """See GroupUpdater."""
         wire = self._summation.load(bucket, weight)
         self._summation.started(wire, [self._summation.group.add_up(wire.buffer)])
 
     def collect(self) -> None:
-        """See Replica."""
+        """See GroupUpdater."""
         self._summation.finish()
         self._norm = (
             self._add_up_norms() if self._clips and self._summation.group.is_split else None
@@ -136,7 +136,7 @@ class WholeReplica:
         return (squares / group.size).sqrt().to(norm)
 
     def update(self, hyperparameters: Sequence[Hyperparameters]) -> None:
-        """See Replica. Needs nobody else."""
+        """See GroupUpdater. Needs nobody else."""
         self._updater.set_hyperparameters(hyperparameters)
         self._updater.step(self._norm)
 
@@ -145,5 +145,5 @@ class WholeReplica:
         return self._updater.read_state()
 
     def write_state(self, state: StateByParameter) -> None:
-        """See Replica."""
+        """See GroupUpdater."""
         self._updater.write_state(state)

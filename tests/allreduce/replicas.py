@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from allreduce.group import Group
-from allreduce.sharded import ShardedReplica
-from allreduce.whole import Replica, WholeReplica
+from allreduce.sharded import ShardedUpdater
+from allreduce.whole import GroupUpdater, WholeUpdater
 from ps_core.buckets import Bucket, make_buckets
 from ps_core.exchange import StateByParameter
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec, read_groups
 from ps_core.plan import ParameterSpec, Plan, make_plan
 from tests.reference import Batch, Net, initial_net, loss_of
 
-KINDS: Final[Mapping[str, Callable[..., Replica]]] = {
-    "whole": WholeReplica,
-    "ZeRO-1": ShardedReplica,
+KINDS: Final[Mapping[str, Callable[..., GroupUpdater]]] = {
+    "whole": WholeUpdater,
+    "ZeRO-1": ShardedUpdater,
 }
 BUCKET_BYTES: Final = 1024
 NOBODY: Final[frozenset[str]] = frozenset()
@@ -131,7 +131,7 @@ class Member:
         self.model = net(dtype)
         self.names = [name for name, _ in self.model.named_parameters()]
         plan, self.buckets = planned(self.model, bucket_bytes)
-        self.replica: Replica = KINDS[kind](plan, self.buckets, spec, wire_dtype)
+        self.replica: GroupUpdater = KINDS[kind](plan, self.buckets, spec, wire_dtype)
         self.hyperparameters: Sequence[Hyperparameters] = spec.groups
         self.replica.connect(group)
 

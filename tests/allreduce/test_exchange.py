@@ -218,7 +218,7 @@ def test_a_step_that_is_complete_on_one_counts_for_all(stack: ExitStack, ahead: 
     third, front, behind = job.workers[2], job.workers[ahead], job.workers[1 - ahead]
     leases = {worker: (worker.draw().leases[0].id,) for worker in job.workers}
     is_complete = threading.Event()
-    collect = behind.exchange._replica.collect
+    collect = behind.exchange._updater.collect
 
     def lose_all() -> None:
         collect()  # the others need its part
@@ -237,7 +237,7 @@ def test_a_step_that_is_complete_on_one_counts_for_all(stack: ExitStack, ahead: 
         assert not front.step((front.draw().leases[0].id,)), "the group breaks in the middle"
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(behind.exchange._replica, "collect", lose_all)
+        monkeypatch.setattr(behind.exchange._updater, "collect", lose_all)
         dying = Worker(die)
         going_on = Worker(go_on)
         assert behind.step(leases[behind])

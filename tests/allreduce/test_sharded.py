@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from allreduce.group import Group
-from allreduce.sharded import ShardedReplica
+from allreduce.sharded import ShardedUpdater
 from ps_core.optim_spec import OPTIMIZERS, SCALAR_STATE
 from tests.allreduce.replicas import Alone, Member, spec_of
 from tests.allreduce.together import in_group
@@ -43,7 +43,7 @@ def test_every_optimizer_comes_to_what_one_process_comes_to(name: str) -> None:
 
 def own_elements(member: Member) -> int:
     """Of the optimizer's state on one worker."""
-    replica = cast(ShardedReplica, member.replica)
+    replica = cast(ShardedUpdater, member.replica)
     return sum(
         tensor.numel()
         for _, _, optimizer in replica._own
