@@ -111,6 +111,13 @@ class Crew:
         """This worker has the lowest rank of all members, or is in the replica of that one."""
         return self._config.cluster.rank // self._num_stages == self.replicas[0]
 
+    @property
+    def is_guest(self) -> bool:
+        """It has taken part in nothing, and the others have begun without it. Raises
+        JobFailedError.
+        """
+        return self._is_new and self.rendezvous.came_late()
+
     def gather(self, record: Record) -> Gathering:
         """Tell all members, and hear from all. Does not block."""
         assert self._group is not None

@@ -29,7 +29,7 @@ from allreduce.table import Table
 from allreduce.whole import GroupUpdater, WholeUpdater
 from allreduce.wire import DTYPES
 from ps_core.buckets import Bucket
-from ps_core.errors import ShardlineError
+from ps_core.errors import JobOverError, ShardlineError
 from ps_core.exchange import (
     Arrival,
     Farewell,
@@ -170,7 +170,7 @@ class AllReduceExchange:
         with contextlib.suppress(ShardlineError):
             if farewell is Farewell.FINISHED:
                 crew.rendezvous.finish()
-            elif farewell is Farewell.FATAL or not crew.is_elastic:
+            elif (farewell is Farewell.FATAL and not crew.is_guest) or not crew.is_elastic:
                 crew.rendezvous.fail(f"worker {self._rank}: {failure}")
             else:
                 self._leave(crew, farewell)
@@ -343,7 +343,13 @@ class AllReduceExchange:
         while True:
             has_state = self._joined.written_state is not None
             record = records.of_arrival(agreed.version, arrival, has_state=has_state)
-            table = self._take_part(record)
+            try:
+                table = self._take_part(record)
+            except JobOverError:
+                if arrival.purpose is not Purpose.CLOSE:
+                    raise
+                # A worker was lost on the way to the last meeting, and the others have held it.
+                return Meeting(agreed.version, (), self._joined.is_first)
             if table.meeting() is None:
                 continue
             grant = agreed.passes.more() if agreed.goes_on and arrival.takes_leases else None

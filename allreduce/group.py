@@ -1,8 +1,4 @@
-"""A process group of fixed members: what they gather, add up and broadcast.
-
-The groups are objects of torch.distributed that are not registered with it: a script's own process
-groups are left alone, and a group that has lost a member is dropped as a whole.
-"""
+"""A process group of fixed members: what they gather, add up and broadcast."""
 
 from __future__ import annotations
 
@@ -12,33 +8,21 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
-from typing import Protocol, cast
 
 import torch
 from torch.distributed import (  # type: ignore[attr-defined]  # it exports them without a list
     PrefixStore,
-    ProcessGroupGloo,
     Store,
     Work,
 )
 
+from allreduce.backends import Backend, Gloo, Place, nccl
 from ps_core.errors import ShardlineError, in_short
 
 _ROW = 64
 """Numbers of a row that fit into the first gather; longer ones take a second."""
 _POLL_SECONDS = 0.0005
-
-
-class _Backend(Protocol):
-    """What torch's process groups have in common and is used here."""
-
-    def allreduce(self, tensors: list[torch.Tensor], /) -> Work: ...
-    def reduce(self, tensor: torch.Tensor, root: int, /) -> Work: ...
-    def broadcast(self, tensor: torch.Tensor, root: int, /) -> Work: ...
-    def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, /) -> Work: ...
-    def abort(self) -> None: ...
 
 
 class PeerLostError(ShardlineError):
@@ -163,20 +147,25 @@ class Group:
         self.is_on_device = wiring.uses_nccl
         self._timeout_seconds = wiring.timeout_seconds
         self._started: weakref.WeakSet[Pending] = weakref.WeakSet()
-        self._all: _Backend | None = None
-        self._host: _Backend | None = None
-        self._device: _Backend | None = None
+        self._all: Backend | None = None
+        self._host: Backend | None = None
+        self._device: Backend | None = None
         with _noticing("connecting to the other workers"):
             self._connect(wiring)
 
     def _connect(self, wiring: Wiring) -> None:
+        def place(name: str, index: int, size: int) -> Place:
+            store = PrefixStore(name, wiring.store)
+            return Place(store, index, size, wiring.timeout_seconds, wiring.host)
+
+        stage = self.sharing.start
         if wiring.size > 1:
-            self._all = self._host = _gloo(wiring, "all", wiring.index, wiring.size)
-        if wiring.num_stages > 1:
-            name = f"stage {self.sharing.start}"
-            self._host = _gloo(wiring, name, self.index, self.size) if self.size > 1 else None
+            self._all = self._host = Gloo(place("all", wiring.index, wiring.size))
+        if self.is_split:
+            own = place(f"stage {stage}", self.index, self.size)
+            self._host = Gloo(own) if self.size > 1 else None
         if wiring.uses_nccl:
-            self._device = _nccl(wiring, f"device {self.sharing.start}", self.index, self.size)
+            self._device = nccl(place(f"device {stage}", self.index, self.size))
 
     def start_gather(self, numbers: Sequence[float], length: int) -> tuple[torch.Tensor, Pending]:
         """Everybody's numbers as rows of `length`, padded with zeros, once the second is waited
@@ -238,7 +227,7 @@ class Group:
             with contextlib.suppress(RuntimeError):
                 group.abort()
 
-    def _for(self, tensor: torch.Tensor) -> _Backend | None:
+    def _for(self, tensor: torch.Tensor) -> Backend | None:
         return self._host if tensor.is_cpu else self._device
 
     def _start(self, start: Callable[[], Work], doing: str, on: torch.Tensor) -> Pending:
@@ -247,23 +236,6 @@ class Group:
         pending = Pending(work, doing, self._timeout_seconds, on_device=not on.is_cpu)
         self._started.add(pending)
         return pending
-
-
-def _gloo(wiring: Wiring, name: str, index: int, size: int) -> _Backend:
-    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # its stubs lack it
-    options._devices = [ProcessGroupGloo.create_device(hostname=wiring.host)]
-    options._timeout = timedelta(seconds=wiring.timeout_seconds)
-    store = PrefixStore(name, wiring.store)
-    return cast(_Backend, ProcessGroupGloo(store, index, size, options))
-
-
-def _nccl(wiring: Wiring, name: str, index: int, size: int) -> _Backend:
-    from torch.distributed import ProcessGroupNCCL  # only builds for CUDA have it
-
-    options = ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=wiring.timeout_seconds)
-    store = PrefixStore(name, wiring.store)
-    return cast(_Backend, ProcessGroupNCCL(store, index, size, options))
 
 
 def own_address(host: str, port: int) -> str:

@@ -277,6 +277,11 @@ class Rendezvous:
                 return False
             return bool(whole(newest(self._arrivals(self.generation + 1)).values(), self._stages))
 
+    def came_late(self) -> bool:
+        """Whether the first generation was sealed without this process."""
+        with self._reaching():
+            return self._meetings.check(["sealed/1"]) and self.me not in self._sealed(1)
+
     def tell(self, key: str, value: bytes) -> None:
         """Say something that others wait for."""
         with self._reaching():

@@ -79,12 +79,11 @@ class Bucket:
             if scale != 1.0:
                 view.mul_(scale)
 
-    @torch.no_grad()
     def _move_in(self, position: int, parameter: torch.Tensor) -> None:
         """Make a parameter's `.grad` the view into `gradients`, unless it has a graph."""
         gradient, view = parameter.grad, self.gradient_views[position]
         assert gradient is not None
-        if gradient.is_sparse or gradient.requires_grad or gradient.data_ptr() == view.data_ptr():
+        if gradient is view or gradient.is_sparse or gradient.requires_grad:
             return
         view.copy_(gradient)
         parameter.grad = view

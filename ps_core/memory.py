@@ -14,9 +14,10 @@ _SMALL_BYTES = 2**20
 def keep_freed_memory() -> None:
     """Reuse the memory of large blocks instead of giving it back to the kernel each time.
 
-    A frame lives for milliseconds and is followed by one of the same size. glibc gives a block of
-    megabytes back when it is freed, and the next one is cleared and mapped anew, page by page: as
-    much work as all of our own copies. Does nothing where the C library is another one.
+    A frame, or a gradient that moves into its bucket, lives for milliseconds and is followed by one
+    of the same size. glibc gives a block of megabytes back when it is freed, and the next one is
+    cleared and mapped anew, page by page: as much work as all of our own copies. Does nothing where
+    the C library is another one.
     """
     _set(_MMAP_THRESHOLD_BYTES, _TRIM_THRESHOLD_BYTES)
 

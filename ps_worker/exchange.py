@@ -30,7 +30,6 @@ from ps_core.exchange import (
 from ps_core.heartbeat import Heartbeat
 from ps_core.job import describe_job
 from ps_core.leases import PassSpec
-from ps_core.memory import keep_freed_memory
 from ps_core.metrics import WorkerMetrics
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import Plan
@@ -95,8 +94,6 @@ class ParameterServerExchange:
         Raises ShardUnreachableError, MismatchError, DataLossError or JobFailedError, each within
         its timeout; JobOverError when there is nothing left to do.
         """
-        if self._replica is None:  # a split model's memory is short
-            keep_freed_memory()
         self._plan = plan
         self._buckets = {bucket.layout.index: bucket for bucket in buckets}
         self._parts = {index: plan.parts_of_bucket(index) for index in self._buckets}

@@ -17,9 +17,10 @@ from ps_core.errors import (
 )
 from ps_core.exchange import Farewell
 from ps_core.local_steps import outer_spec
+from ps_core.memory import keep_freed_memory, return_freed_memory
 from ps_core.optim_spec import OptimizerSpec, check_consistency, check_norm, describe
 from ps_core.plan import ParameterSpec
-from ps_core.settings import ClusterConfig, ConsistencyConfig
+from ps_core.settings import ClusterConfig, Config, ConsistencyConfig
 from ps_core.tensors import TRAINABLE
 
 
@@ -32,14 +33,18 @@ def choose_device(name: str, cluster: ClusterConfig) -> torch.device:
     return torch.device("cuda", place % count) if count else torch.device("cpu")
 
 
-def prepare_torch(device: torch.device, num_threads: int, seed: int) -> None:
-    """For this whole process."""
+def prepare_process(config: Config, device: torch.device, rank: int) -> None:
+    """Device, threads and memory of this whole process; seeds by `rank`."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if num_threads:
-        torch.set_num_threads(num_threads)
-    torch.manual_seed(seed)
-    random.seed(seed)
+    if config.worker.threads:
+        torch.set_num_threads(config.worker.threads)
+    if config.pipeline.stages > 1:  # split because memory is short
+        return_freed_memory()
+    else:
+        keep_freed_memory()
+    torch.manual_seed(config.job.seed + rank)
+    random.seed(config.job.seed + rank)
 
 
 def job_spec(

@@ -33,7 +33,7 @@ from shardline.description import (
     farewell,
     forget_frames,
     job_spec,
-    prepare_torch,
+    prepare_process,
     reason,
     trained,
 )
@@ -100,7 +100,7 @@ class Session:
         """Which part of its replica's model this worker has."""
         self.seed = config.job.seed
         self.device = choose_device(config.worker.device, config.cluster)
-        prepare_torch(self.device, config.worker.threads, self.seed + self.rank)
+        prepare_process(config, self.device, self.rank)
         self._endpoint: Endpoint | None = start_endpoint(config.metrics.host, config.metrics.port)
         if self._endpoint and not config.metrics.port:
             _say(f"metrics at {self._endpoint.url}")

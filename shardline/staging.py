@@ -27,7 +27,6 @@ from pipeline.timing import layer_seconds
 from ps_core.checkpoint import distinct_tensors, write_tensors
 from ps_core.errors import UsageError
 from ps_core.group_metrics import PipelineMetrics
-from ps_core.memory import return_freed_memory
 from ps_core.plan import ParameterSpec
 from ps_core.settings import Config
 from shardline.model_steps import Batch, Loss, only_input
@@ -44,7 +43,6 @@ class Staging:
     """
 
     def __init__(self, config: Config, device: torch.device, replica: StageOfReplica) -> None:
-        return_freed_memory()
         self.replica = replica
         self._config = config
         self._device = device

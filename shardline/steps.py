@@ -70,22 +70,24 @@ class Steps:
         """Loaders of which a batch went into a step in this pass."""
         self._data_seconds = self._compute_seconds = 0.0
         self._batch_at = self._backward_at = 0.0
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self.num_steps = 0
         self.num_samples = 0
 
     def watch(self, parameters: Sequence[torch.nn.Parameter], leases: DataLeases) -> None:
         """Notice backward passes through any of `parameters`; give skipped batches back."""
         self._leases = leases
-        self._hook = torch.autograd.graph.register_multi_grad_hook(
-            parameters, self._on_backward, mode="any"
-        )
+        # One hook that knows the first gradient of a pass costs torch far more than these.
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            for parameter in parameters
+        ]
 
     def close(self) -> None:
         """Stop noticing. Idempotent."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     # -- The loader's side -------------------------------------------------------------------------
 
@@ -153,8 +155,10 @@ class Steps:
 
     # -- The optimizer's side ----------------------------------------------------------------------
 
-    def _on_backward(self, gradient: torch.Tensor) -> None:
-        """The first gradient of a backward pass, which ends the forward phase."""
+    def _on_gradient(self, parameter: torch.Tensor) -> None:
+        """The first one after a batch ends the forward phase."""
+        if self._backward_at and not self._fresh:
+            return
         self._use_fresh()
         if self._is_early:
             return

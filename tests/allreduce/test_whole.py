@@ -15,7 +15,7 @@ from torch import Tensor
 from allreduce.group import Group, PeerLostError
 from ps_core.optim_spec import OptimizerSpec
 from tests.allreduce.replicas import KINDS, Alone, Member, gradients, net, spec_of
-from tests.allreduce.together import groups, in_group, outcomes, together
+from tests.allreduce.together import PATIENCE_SECONDS, groups, in_group, outcomes, together
 from tests.reference import assert_close, concatenated, shares
 
 SIZES = [5, 2, 4]
@@ -288,8 +288,7 @@ def test_a_round_that_loses_a_peer_changes_nothing_and_another_may_follow(kind: 
         member.step(batches[group.index], [3 / 7, 4 / 7][group.index])
         return member.parameters()
 
-    # Seldom, what Gloo has in progress on two of its threads ends with the timeout only.
-    with groups(3, timeout_seconds=10) as crowd:
+    with groups(3, timeout_seconds=10 * PATIENCE_SECONDS) as crowd:
         members = together(*(partial(start, group) for group in crowd))
         crowd[2].close()
         calls: list[Callable[[], object]] = [partial(lose, members[i], i) for i in (0, 1)]
