@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Final
+
+from ps_core.memory import release_freed_memory
 
 _SLACK_BYTES: Final = 2**25
 
@@ -13,16 +14,15 @@ class Freed:
 
     glibc keeps freed blocks of up to 32 MiB. What a model keeps while it is built is small and ends
     up in them, so that the next temporary does not fit: together they would grow to the size of the
-    whole model. Does nothing where the C library is another one.
+    whole model.
     """
 
     def __init__(self) -> None:
         self._num_bytes = 0
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
     def add(self, num_bytes: int) -> None:
         """Note that temporaries of so many bytes have been freed."""
         self._num_bytes += num_bytes
-        if self._trim is not None and self._num_bytes >= _SLACK_BYTES:
+        if self._num_bytes >= _SLACK_BYTES:
             self._num_bytes = 0
-            self._trim(0)
+            release_freed_memory()

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from ps_core.errors import UsageError
+from ps_core.memory import release_freed_memory
 from ps_core.plan import BucketLayout, Placement, Plan
 
 _NUM_SAMPLES = 4096
@@ -168,8 +169,10 @@ def make_buckets(
     """Buckets for those of the plan's `parameters` that are in a stage, which become views into
     them.
     """
-    return [
+    buckets = [
         Bucket(layout, [parameters[placement.parameter] for placement in layout.placements])
         for layout in plan.buckets
         if layout.stage == stage
     ]
+    release_freed_memory()  # where the parameters have been
+    return buckets

@@ -32,6 +32,13 @@ def return_freed_memory() -> None:
     _set(_SMALL_BYTES, _SMALL_BYTES)
 
 
+def release_freed_memory() -> None:
+    """Give back to the kernel, once, whatever is free. Blocks for milliseconds."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _set(mmap_threshold_bytes: int, trim_threshold_bytes: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

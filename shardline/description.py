@@ -41,7 +41,7 @@ def prepare_process(config: Config, device: torch.device, rank: int) -> None:
         torch.set_num_threads(config.worker.threads)
     if config.pipeline.stages > 1:  # split because memory is short
         return_freed_memory()
-    else:
+    elif config.strategy != "alone":
         keep_freed_memory()
     torch.manual_seed(config.job.seed + rank)
     random.seed(config.job.seed + rank)
