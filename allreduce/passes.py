@@ -4,7 +4,8 @@ The rules, each with a test in tests/allreduce/test_passes.py:
 
 1. What is free of a pass is cut into units of one batch and dealt in turn, by rank: so the order is
    a function of what has been used and who the members are. With a global batch size a unit is one
-   update, shared out by speed; the speeds are those at the time of the deal.
+   update, shared out by speed; the speeds are those when all last were at the same point, the end
+   of the passes before or a change of members, since workers begin a pass one after the other.
 2. Every worker learns which samples each update is made of, and that alone takes them from what is
    free. What a worker has drawn ahead, or its script has skipped, stays free.
 3. When the members are others than before, everything that is free is dealt anew. What workers hold
@@ -108,6 +109,8 @@ class Passes:
         """Loader → which call of the script read its last pass that has ended."""
         self.speeds: dict[int, float] = {}
         """Samples per second of each worker."""
+        self._speeds_of_deals: dict[int, float] = {}
+        """As they were when all last were at the same point."""
         self._held: dict[int, Reading] = {}
         self._last_id = 0
         self._latest: tuple[int, PassSpec] | None = None
@@ -161,6 +164,7 @@ class Passes:
         """The members are others. Rule 3."""
         self._members = tuple(sorted(members))
         self._held.clear()
+        self._speeds_of_deals = dict(self.speeds)
         for current in self.open.values():
             self._deal(current, self._members)
 
@@ -190,6 +194,7 @@ class Passes:
         if not takers or not left:
             return False
         self._held.clear()
+        self._speeds_of_deals = dict(self.speeds)
         for current in self.open.values():
             current.has_progress = False
             self._deal(current, tuple(sorted(takers)))
@@ -212,6 +217,7 @@ class Passes:
             self.ended[loader] = current.point
         self.open.clear()
         self._held.clear()
+        self._speeds_of_deals = dict(self.speeds)
         return ends
 
     def _begin(self, loader: int, reads: Reading, point: Point) -> Pass:
@@ -223,7 +229,7 @@ class Passes:
     def _deal(self, current: Pass, members: tuple[int, ...]) -> None:
         units = Units(current.free(), current.unit)
         is_dealt_to = self._me in members
-        deal = Deal(units, members, current.is_shared, dict(self.speeds))
+        deal = Deal(units, members, current.is_shared, self._speeds_of_deals)
         current.deal, current.num_taken = deal if is_dealt_to else None, 0
 
     def _check(self, loader: int, spec: PassSpec, current: Pass) -> None:

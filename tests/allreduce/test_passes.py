@@ -107,6 +107,7 @@ def test_the_order_is_that_of_the_lease_book_while_nobody_comes_or_goes(
     by_rank = dict(enumerate(speeds))
     for each in crew.values():
         each.speeds.update(by_rank)
+        each.set_members(tuple(crew))
     for number in range(2):
         is_dry = False
         while not is_dry:
@@ -129,23 +130,40 @@ def test_with_a_global_batch_size_an_update_is_shared_out_by_speed() -> None:
     for each in crew.values():
         for rank, seconds in ((0, 1.0), (1, 2.0), (2, 6.0)):
             each.measured(rank, 12, seconds)  # 12, 6 and 2 samples per second
+        each.end()
     sizes = {0: 12 * 12 / 20, 1: 12 * 6 / 20, 2: 12 * 2 / 20}
     shares = {rank: [len(drawn) for drawn in draw_all(each, spec)] for rank, each in crew.items()}
     assert shares == {0: [7, 7], 1: [4, 4], 2: [1, 1]}, f"rounded from {sizes}"
 
 
-def test_the_speeds_are_those_at_the_time_of_the_deal() -> None:
-    spec = PassSpec(24, 1, global_batch_size=12)
-    crew = workers(0, 1)
-    first = {rank: draw(each, spec) for rank, each in crew.items()}
-    assert {rank: lease.length for rank, lease in first.items()} == {0: 6, 1: 6}
+def measure(crew: Mapping[int, Passes]) -> None:
     for each in crew.values():
         each.measured(0, 60, 1.0)
         each.measured(1, 30, 1.0)
-    assert draw(crew[1], spec).length == 6, "this deal was made before"
+
+
+def test_the_speeds_are_those_when_all_last_were_at_the_same_point() -> None:
+    spec = PassSpec(24, 1, global_batch_size=12)
+    crew = workers(0, 1)
+    first = draw(crew[0], spec)
+    measure(crew)
+    assert (first.length, draw(crew[1], spec).length) == (6, 6), "one begins before, one after"
     for each in crew.values():
         each.set_members((0, 1))
     assert [draw(each, spec).length for each in crew.values()] == [8, 4]
+
+
+def test_the_next_pass_is_dealt_by_the_speeds_at_the_end_of_the_one_before() -> None:
+    spec = PassSpec(24, 1, global_batch_size=12)
+    crew = workers(0, 1)
+    draw(crew[0], spec)
+    measure(crew)
+    for each in crew.values():
+        each.end()
+    first = draw(crew[0], spec)
+    for each in crew.values():
+        each.measured(1, 6000, 1.0)
+    assert [first.length, draw(crew[1], spec).length] == [8, 4]
 
 
 def test_a_worker_without_a_share_of_an_update_goes_on_with_the_next() -> None:
