@@ -21,6 +21,8 @@ from ps_server.orders import Failed
 
 log = logging.getLogger(__name__)
 
+_WRITE_FAILED = "Internal error from Core"
+
 
 class LeadLink:
     """Keeps one stream to the lead open, and ends the node when that is impossible."""
@@ -62,7 +64,7 @@ class LeadLink:
                 except TimeoutError:
                     self._give_up(patience)
                 except grpc.aio.AioRpcError as error:
-                    self._handle(error_from(error.code(), error.details() or ""))
+                    self._handle(_translate(error))
                 except ShardlineError as error:
                     self._node.end(error)
                 if self._has_job:
@@ -115,6 +117,16 @@ class LeadLink:
                 f"the lead (shard 0 at {self._address}) could not be reached for {patience:g} s"
             )
         )
+
+
+def _translate(error: grpc.aio.AioRpcError) -> ShardlineError:
+    """A stream that breaks while it is written to ends with an error that gRPC makes up for want of
+    the true one.
+    """
+    details = error.details() or ""
+    if error.code() is grpc.StatusCode.INTERNAL and details.startswith(_WRITE_FAILED):
+        return ShardUnreachableError("it was being written to")
+    return error_from(error.code(), details)
 
 
 def _encode(

@@ -36,7 +36,7 @@ def _exchange(group: dist.ProcessGroup) -> None:
 
 
 def meet_again_and_again(place: Place) -> None:
-    place.connect("once")  # torch starts what it keeps for ever
+    disconnect(place.connect("once"))  # torch starts what it keeps for ever
     before = _open()
     for meeting in range(3):
         group = place.connect(f"meeting {meeting}")
