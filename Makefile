@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults check protos bench stragglers train clean
+.PHONY: help install demo test faults integration check protos monitoring bench stragglers train wheelhouse clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -30,16 +30,23 @@ test: $(INSTALLED) ## run the tests, but for the slow ones
 faults: $(INSTALLED) ## run the slow tests: whole runs that are killed, stopped and joined
 	$(BIN)/python -m pytest -m slow
 
+integration: $(INSTALLED) ## run in containers with Docker, break things, and look at Prometheus
+	$(BIN)/python -m tests.integration
+
 check: $(INSTALLED) ## format, lint, types, generated files, layers
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/python scripts/check_protos.py
+	$(BIN)/python -m scripts.write_monitoring --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 protos: $(INSTALLED) ## write ps_core/v1 again from protos/
 	rm -f ps_core/v1/*_pb2.py ps_core/v1/*_pb2.pyi
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. protos/ps_core/v1/*.proto
+
+monitoring: $(INSTALLED) ## write docs/metrics.md, dashboards and Kubernetes' rules again
+	$(BIN)/python -m scripts.write_monitoring
 
 bench: $(INSTALLED) ## measure the exchange
 	$(BIN)/python benchmarks/exchange.py
@@ -50,6 +57,10 @@ stragglers: $(INSTALLED) ## measure every mode beside DDP with a straggler
 train: $(INSTALLED) ## measure whole training loops beside DDP, and what a worker holds
 	$(BIN)/python benchmarks/train.py
 
+wheelhouse: $(INSTALLED) ## collect the wheels of which an image can be built without internet
+	$(BIN)/python -m pip wheel --quiet -w wheelhouse -c constraints.txt torch==2.13.0 'setuptools>=77' '.[plots,examples]'
+	rm -f wheelhouse/shardline-*.whl
+
 clean: ## remove everything that can be made again
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) wheelhouse build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -91,6 +91,7 @@ _STATUSES: Final[dict[type[ShardlineError], grpc.StatusCode]] = {
     MismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     DataLossError: grpc.StatusCode.DATA_LOSS,
     JobFailedError: grpc.StatusCode.ABORTED,
+    JobOverError: grpc.StatusCode.OUT_OF_RANGE,
     ShardUnreachableError: grpc.StatusCode.UNAVAILABLE,
     EvictedError: grpc.StatusCode.PERMISSION_DENIED,
     JoinTimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,

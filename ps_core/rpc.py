@@ -114,6 +114,18 @@ def open_async_channel(address: str, config: RpcConfig) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=_channel_options(config))
 
 
+def is_serving(address: str, timeout_seconds: float) -> bool:
+    """Whether a server answers health checks there, and says that it serves."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=timeout_seconds
+            )
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
 def _path(method: MethodDescriptor) -> str:
     return f"/{method.containing_service.full_name}/{method.name}"
 

@@ -65,6 +65,9 @@ class ServerConfig:
     index: int = key(0, "Index of this shard: its position in `cluster.shards`.", "--index", 0)
     host: str = key("127.0.0.1", "Address to listen on.", "--host")
     port: int = key(0, "Port to listen on; 0: as in `cluster.shards`.", "--port", 0, 65535)
+    stay: bool = key(
+        False, "After the job is complete, wait to be told to stop (SIGTERM).", "--stay"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ _FLAGS = (
     "server.index",
     "server.host",
     "server.port",
+    "server.stay",
     "job.id",
     "metrics.port",
     "worker.threads",

@@ -12,14 +12,15 @@ from ps_core.codec import PartFrame
 from ps_core.errors import (
     DataLossError,
     JobFailedError,
+    JobOverError,
     MismatchError,
     ProtocolError,
     ShardlineError,
     UsageError,
 )
 from ps_core.job import Job
-from ps_core.metrics import ShardMetrics
 from ps_core.settings import Config
+from ps_core.shard_metrics import ShardMetrics
 from ps_core.v1 import shard_pb2, tensor_pb2
 from ps_server import admission, effects, requests, values
 from ps_server.control import Order
@@ -76,8 +77,12 @@ class Node:
     # -- Workers come and go -----------------------------------------------------------------------
 
     def join(self, request: shard_pb2.JoinRequest) -> shard_pb2.JoinResponse:
-        """Admit a worker. Raises MismatchError naming the first disagreement, or DataLossError."""
+        """Admit a worker. Raises MismatchError naming the first disagreement, DataLossError, or
+        JobOverError.
+        """
         self._check_alive()
+        if self.ended.is_set():
+            raise JobOverError("the job is complete: there is nothing left to do")
         if request.expected_shard_incarnation not in (0, self.incarnation):
             raise DataLossError(
                 f"shard {self.index} restarted and lost its state: start the job again"

@@ -14,9 +14,10 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from ps_core.config import listen_address, shard_address
 from ps_core.memory import keep_freed_memory
-from ps_core.metrics import ShardMetrics, start_endpoint
+from ps_core.metrics import start_endpoint
 from ps_core.rpc import LEAD_SERVICE, SHARD_SERVICE, build_server
 from ps_core.settings import Config
+from ps_core.shard_metrics import ShardMetrics
 from ps_server.effects import Lost, Ready, Remains, Squares
 from ps_server.lead_link import LeadLink
 from ps_server.node import Node, Report
@@ -30,7 +31,7 @@ _TICK_SECONDS = 0.25
 
 
 def serve(config: Config, announce: Callable[[str], None]) -> None:
-    """Run one shard until its job is complete or it is told to stop. Blocks.
+    """Run one shard until its job is complete, unless it is to stay, or it is told to stop. Blocks.
 
     `announce` is called once, with the address and the metrics URL, when the shard takes calls.
     Raises JobFailedError when the job failed, ConfigError when a port cannot be bound.
@@ -60,11 +61,14 @@ async def _serve(config: Config, announce: Callable[[str], None], metrics_url: s
         node.report = _report_to(node.office)
         servicers.append((LEAD_SERVICE, LeadService(node.office, metrics)))
     server = build_server(listen_address(config), servicers, config.rpc)
-    _stop_on_signals(node)
+    told = _stop_on_signals(node)
     async with _background(node, _tick(node)), _link_to_lead(node, config):
         await server.start()
         announce(f"shard {node.index} listens on port {server.port}, metrics at {metrics_url}")
         await node.ended.wait()
+        if config.server.stay and node.failure is None:
+            log.info("shard %d stays until it is told to stop", node.index)
+            await told.wait()
         await server.drain(config.rpc.drain_seconds)
     if node.office is not None:
         node.office.close()
@@ -129,11 +133,16 @@ def _link_to_lead(node: Node, config: Config) -> contextlib.AbstractAsyncContext
     return _background(node, link.run(), config.rpc.drain_seconds)
 
 
-def _stop_on_signals(node: Node) -> None:
+def _stop_on_signals(node: Node) -> asyncio.Event:
+    """Set once this process was told to stop."""
+    told = asyncio.Event()
+
     def stop() -> None:
         log.info("shard %d was told to stop", node.index)
         node.stop()
+        told.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    return told

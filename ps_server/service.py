@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from ps_core.codec import PartFrame, decode_request, parse
 from ps_core.errors import ProtocolError, ShardlineError, status_of
-from ps_core.metrics import ShardMetrics
+from ps_core.shard_metrics import ShardMetrics
 from ps_core.v1 import lead_pb2, shard_pb2
 from ps_server import status
 from ps_server.node import Node

@@ -338,8 +338,8 @@ class Session:
         return self._attendance.meet(Purpose.MEAN, [float(value)], weight).means[0]
 
     def log(self, **values: float | torch.Tensor) -> None:
-        """Show numbers live, keep them in `metrics.jsonl` and plot them."""
-        self._journal.log({name: float(value) for name, value in values.items()})
+        """Show numbers live, keep them in `metrics.jsonl`, plot them; `loss` is a metric, too."""
+        self._steps.log({name: float(value) for name, value in values.items()})
 
     def report(self, **values: Scalar | torch.Tensor) -> None:
         """Results of the run; those of the lowest rank that has any land in `summary.json`."""

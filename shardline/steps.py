@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,24 +70,23 @@ class Steps:
         """Loaders of which a batch went into a step in this pass."""
         self._data_seconds = self._compute_seconds = 0.0
         self._batch_at = self._backward_at = 0.0
-        self._hooks: list[RemovableHandle] = []
+        self._hook: RemovableHandle | None = None
         self.num_steps = 0
         self.num_samples = 0
 
     def watch(self, parameters: Sequence[torch.nn.Parameter], leases: DataLeases) -> None:
         """Notice backward passes through any of `parameters`; give skipped batches back."""
         self._leases = leases
-        # One hook that knows the first gradient of a pass costs torch far more than these.
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
-            for parameter in parameters
-        ]
+        # Not a hook on what is accumulated: zero-bubble schedules accumulate by themselves.
+        self._hook = torch.autograd.graph.register_multi_grad_hook(
+            parameters, self._on_backward, mode="any"
+        )
 
     def close(self) -> None:
         """Stop noticing. Idempotent."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     # -- The loader's side -------------------------------------------------------------------------
 
@@ -155,10 +154,8 @@ class Steps:
 
     # -- The optimizer's side ----------------------------------------------------------------------
 
-    def _on_gradient(self, parameter: torch.Tensor) -> None:
-        """The first one after a batch ends the forward phase."""
-        if self._backward_at and not self._fresh:
-            return
+    def _on_backward(self, gradient: torch.Tensor) -> None:
+        """The first gradient of a backward pass, which ends the forward phase."""
         self._use_fresh()
         if self._is_early:
             return
@@ -224,7 +221,7 @@ class Steps:
         """
         self._metrics.spent("exchange", exchange_seconds)
         counted = samples if self._counts_samples else 0
-        self._metrics.finished_step(counted)
+        self._metrics.finished_step(counted, applied=outcome.applied)
         if not outcome.applied and not samples:
             self._metrics.nonfinite_step()
         elif not outcome.applied:
@@ -235,6 +232,12 @@ class Steps:
         self._journal.step(self._attendance.point.data_epoch, outcome.version, self.num_samples)
         if self._brings_own_data:
             self._check_preempted()
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Values of the script; its `loss` is a metric, too."""
+        self._journal.log(values)
+        if "loss" in values:
+            self._metrics.logged_loss(values["loss"])
 
     def meet(self, purpose: Purpose, values: Sequence[float] = ()) -> Meeting:
         """See StepObserver."""

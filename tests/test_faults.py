@@ -211,6 +211,22 @@ def test_a_lead_that_restarts_before_anybody_has_joined_is_as_good_as_new(
     assert [process.wait() for process in (worker, lead, other)] == [0, 0, 0]
 
 
+def test_shards_may_stay_after_the_end_and_send_away_who_comes_too_late(
+    lone_worker: Fleet,
+) -> None:
+    lone_worker.settings["server.stay"] = "true"
+    shards, [worker] = start(lone_worker, "step()")
+    assert worker.wait() == 0
+    for shard in shards:
+        shard.wait_for("stays until it is told to stop")
+    late = lone_worker.worker(0, script("step()"))
+    assert late.wait() == 0
+    assert last_line(late) == "shardline: the job is complete: there is nothing left to do"
+    for shard in shards:
+        shard.send(SIGTERM)
+    assert [shard.wait() for shard in shards] == [0, 0]
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_stopped_shard_ends_well_and_the_others_say_who_was_stopped(
     lone_worker: Fleet, index: int

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "examples": {*LAYERS, "shardline"},
     "benchmarks": {*LAYERS, "shardline"},
     "tests": {*LAYERS, "shardline", "scripts"},
-    "scripts": set(),
+    "scripts": {"ps_core"},
 }
 PACKAGES = {*LAYERS, "shardline"}
 

@@ -94,6 +94,7 @@ SAMPLES = [
     number("server.index", "--index", 0, 1),
     word("server.host", "--host", "127.0.0.1", "0.0.0.0"),  # noqa: S104 - parsed, not bound
     number("server.port", "--port", 0, 7001),
+    switch("server.stay", "--stay"),
     word("worker.device", "--device", "auto", "cuda:1"),
     number("worker.threads", "--threads", 0, 2),
     word("worker.nonfinite", "--nonfinite", "error", "skip"),

@@ -16,7 +16,7 @@ CONTRACT = [
     ("ShardUnreachableError", True, 3, "UNAVAILABLE"),
     ("EvictedError", True, 3, "PERMISSION_DENIED"),
     ("JoinTimeoutError", False, 1, "DEADLINE_EXCEEDED"),
-    ("JobOverError", False, 0, "INTERNAL"),
+    ("JobOverError", False, 0, "OUT_OF_RANGE"),
     ("NonFiniteError", False, 1, "INTERNAL"),
 ]
 ON_THE_WIRE = [(name, status) for name, _, _, status in CONTRACT if status != "INTERNAL"]
@@ -88,7 +88,7 @@ def test_codes_that_only_grpc_sends_have_a_class_too(
     assert type(error_from(code, "why")) is kind
 
 
-@pytest.mark.parametrize("name", ["UNKNOWN", "INTERNAL", "UNAUTHENTICATED", "OUT_OF_RANGE"])
+@pytest.mark.parametrize("name", ["UNKNOWN", "INTERNAL", "UNAUTHENTICATED", "ALREADY_EXISTS"])
 def test_a_code_outside_the_table_is_named_and_not_retried(name: str) -> None:
     error = error_from(grpc.StatusCode[name], "it broke")
     assert type(error) is ShardlineError

@@ -12,10 +12,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ps_core import __version__
+from ps_core.cgroup import memory_limit_bytes
 from ps_core.errors import (
     ConfigError,
     DataLossError,
+    EvictedError,
     JobFailedError,
+    JobOverError,
     JoinTimeoutError,
     MismatchError,
     NonFiniteError,
@@ -25,7 +28,8 @@ from ps_core.errors import (
 )
 from ps_core.group_metrics import AllReduceMetrics, PipelineMetrics
 from ps_core.lead_metrics import LeadMetrics
-from ps_core.metrics import REGISTRY, Endpoint, ShardMetrics, WorkerMetrics, start_endpoint
+from ps_core.metrics import REGISTRY, Endpoint, WorkerMetrics, start_endpoint
+from ps_core.shard_metrics import ShardMetrics
 
 LOCAL = "127.0.0.1"
 # Metrics belong to the process, so each test counts under a rank and an index of its own.
@@ -34,9 +38,12 @@ NUMBERS = itertools.count(1000)
 # Name, kind and labels are a promise to dashboards and alerts, so they are written out here.
 CONTRACT = {
     ("shardline_build", "info", ()),
+    ("shardline_memory_limit_bytes", "gauge", ()),
     ("shardline_step_seconds", "histogram", ("worker", "phase")),
     ("shardline_steps", "counter", ("worker",)),
     ("shardline_samples", "counter", ("worker",)),
+    ("shardline_applied_samples", "counter", ("worker",)),
+    ("shardline_loss", "gauge", ("worker",)),
     ("shardline_nonfinite_steps", "counter", ("worker",)),
     ("shardline_refused_steps", "counter", ("worker",)),
     ("shardline_reconnects", "counter", ("worker", "shard")),
@@ -121,7 +128,7 @@ def test_every_metric_has_our_prefix_a_meaning_and_the_promised_labels() -> None
 
 
 def test_series_carry_the_promised_labels(number: int, endpoint: Endpoint) -> None:
-    WorkerMetrics(number, num_shards=1)
+    WorkerMetrics(number, num_shards=1).logged_loss(1.0)
     shard = ShardMetrics(number, "sync")
     shard.set_clock(rank=0, step=0)
     shard.lag(rank=0, seconds=0.0)
@@ -164,7 +171,7 @@ def test_buckets_reach_from_100_microseconds_to_a_minute(name: str, number: int)
 
 def test_every_series_of_a_worker_starts_at_zero(number: int) -> None:
     WorkerMetrics(number, num_shards=2)
-    for name in ("steps", "samples", "nonfinite_steps", "refused_steps"):
+    for name in ("steps", "samples", "applied_samples", "nonfinite_steps", "refused_steps"):
         assert value(f"shardline_{name}_total", worker=number) == 0
     for shard in range(2):
         for name in ("pushed", "pulled"):
@@ -177,8 +184,8 @@ def test_every_series_of_a_worker_starts_at_zero(number: int) -> None:
 
 def test_a_worker_counts_steps_samples_bytes_and_time(number: int) -> None:
     metrics = WorkerMetrics(number, num_shards=2)
-    metrics.finished_step(32)
-    metrics.finished_step(16)
+    metrics.finished_step(32, applied=True)
+    metrics.finished_step(16, applied=False)
     metrics.nonfinite_step()
     metrics.refused_step()
     metrics.refused_step()
@@ -189,6 +196,7 @@ def test_a_worker_counts_steps_samples_bytes_and_time(number: int) -> None:
     metrics.spent("backward", 0.5)
     assert value("shardline_steps_total", worker=number) == 2
     assert value("shardline_samples_total", worker=number) == 48
+    assert value("shardline_applied_samples_total", worker=number) == 32
     assert value("shardline_nonfinite_steps_total", worker=number) == 1
     assert value("shardline_refused_steps_total", worker=number) == 2
     assert value("shardline_worker_pushed_bytes_total", worker=number, shard=1) == 120
@@ -196,6 +204,14 @@ def test_a_worker_counts_steps_samples_bytes_and_time(number: int) -> None:
     assert value("shardline_worker_pulled_bytes_total", worker=number, shard=0) == 7
     assert value("shardline_step_seconds_sum", worker=number, phase="backward") == 0.75
     assert value("shardline_step_seconds_count", worker=number, phase="forward") == 0
+
+
+def test_a_loss_is_shown_once_the_script_has_logged_one(number: int) -> None:
+    metrics = WorkerMetrics(number, num_shards=0)
+    assert value("shardline_loss", worker=number) is None
+    metrics.logged_loss(2.5)
+    metrics.logged_loss(0.5)
+    assert value("shardline_loss", worker=number) == 0.5
 
 
 def test_a_worker_counts_reconnects_per_shard(number: int) -> None:
@@ -306,6 +322,8 @@ REASONS = {
     MismatchError: "FAILED_PRECONDITION",
     DataLossError: "DATA_LOSS",
     JobFailedError: "ABORTED",
+    JobOverError: "OUT_OF_RANGE",
+    EvictedError: "PERMISSION_DENIED",
     JoinTimeoutError: "DEADLINE_EXCEEDED",
     NonFiniteError: "INTERNAL",
     ShardlineError: "INTERNAL",
@@ -359,6 +377,8 @@ def test_the_endpoint_shows_versions_and_the_process(endpoint: Endpoint) -> None
     assert f'torch="{version("torch")}"' in build
     assert f'grpc="{version("grpcio")}"' in build
     assert 'python="3.' in build
+    [limit] = [line for line in text.splitlines() if line.startswith("shardline_memory_limit")]
+    assert float(limit.split()[1]) == memory_limit_bytes()
     assert "\nprocess_cpu_seconds_total " in text
     assert "\npython_info{" in text
 

@@ -16,14 +16,20 @@ import torch
 from grpc import StatusCode
 
 from ps_core import codec
-from ps_core.errors import DataLossError, JobFailedError, MismatchError, ShardlineError
-from ps_core.metrics import ShardMetrics
+from ps_core.errors import (
+    DataLossError,
+    JobFailedError,
+    MismatchError,
+    ShardlineError,
+    ShardUnreachableError,
+)
 from ps_core.settings import RpcConfig, ServerConfig
+from ps_core.shard_metrics import ShardMetrics
 from ps_core.v1 import lead_pb2, shard_pb2
 from ps_core.v1.lead_pb2 import ControlRequest, ControlResponse
 from ps_server.control import encode_order, encode_remains
 from ps_server.effects import Lost, Ready, Remains, Squares
-from ps_server.lead_link import LeadLink
+from ps_server.lead_link import LeadLink, _translate
 from ps_server.node import Node, Report
 from ps_server.orders import Complete, Failed, Membership
 from ps_server.terms import Member
@@ -247,6 +253,19 @@ def test_a_fenced_process_is_not_said_to_be_ready_again() -> None:
         linked.report(Ready(1, 5))
         assert read(again) == ready(5, 1)
         finish(again, linked)
+
+
+@pytest.mark.parametrize(
+    ("details", "kind"),
+    [("Internal error from Core", ShardUnreachableError), ("a bug", ShardlineError)],
+)
+def test_a_stream_that_breaks_while_it_is_written_to_is_opened_again(
+    details: str, kind: type[ShardlineError]
+) -> None:
+    # One time in twenty on a busy machine gRPC has no better word for it.
+    metadata = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(StatusCode.INTERNAL, metadata, metadata, details)
+    assert type(_translate(error)) is kind
 
 
 def test_a_shard_with_a_job_holds_on_to_its_lead_and_says_what_it_was_told_last() -> None:

@@ -9,7 +9,6 @@ import torch
 
 from ps_core import codec
 from ps_core.errors import JobFailedError
-from ps_core.metrics import ShardMetrics
 from ps_core.settings import (
     Config,
     ConsistencyConfig,
@@ -17,6 +16,7 @@ from ps_core.settings import (
     ServerConfig,
     WorkerConfig,
 )
+from ps_core.shard_metrics import ShardMetrics
 from ps_core.v1 import shard_pb2
 from ps_server import status
 from ps_server.node import Node

@@ -273,6 +273,21 @@ def test_phases_and_totals_are_counted(given: Given) -> None:
     assert (given.steps.num_steps, given.steps.num_samples) == (1, 8)
 
 
+def test_samples_of_a_refused_step_are_trained_on_and_not_applied(given: Given) -> None:
+    names = ("shardline_samples_total", "shardline_applied_samples_total")
+    before = [count(name) for name in names]
+    for applied, samples in ((True, 8), (False, 4)):
+        outcome = Outcome(next_step=1, version=1, applied=applied, staleness=0)
+        given.steps.after_step(outcome, samples, 0.5)
+    assert [count(name) - b for name, b in zip(names, before, strict=True)] == [12, 8]
+
+
+def test_of_what_a_script_logs_only_the_loss_is_a_metric(given: Given) -> None:
+    given.steps.log({"loss": 2.0, "accuracy": 0.5})
+    given.steps.log({"accuracy": 0.75})
+    assert count("shardline_loss") == 2.0
+
+
 @pytest.mark.parametrize(("samples", "nonfinite"), [(0, 1), (8, 0)])
 def test_a_step_that_was_not_used_was_not_finite_or_refused(
     given: Given, samples: int, nonfinite: int
