@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import pytest
 import yaml
+
+from tests.tools import needed
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 RULES: Final = sorted((ROOT / "monitoring/prometheus/rules").glob("*.yml"))
@@ -47,16 +46,12 @@ def dashboards() -> Iterator[dict[str, Any]]:
 
 
 def promtool(*arguments: str | Path) -> None:
-    """Run it; what it says is the failure. Where it is not installed the test is skipped, or fails
-    where tools are required.
-    """
-    tool = shutil.which("promtool")
-    if tool is None:
-        reason = "promtool, which comes with Prometheus, is not installed"
-        if os.environ.get("REQUIRE_TOOLS"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    """Run it; what it says is the failure."""
     run = subprocess.run(
-        [tool, *arguments], capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        [needed("promtool"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
