@@ -1,11 +1,10 @@
 # One image for shards and workers: `python -m ps_server`, or any script that uses shardline.
 #
-#   docker build --target cpu -t shardline:dev .
-#   docker build --target gpu -t shardline:gpu .
-#   docker build --target cpu -t shardline:dev --build-arg WHEELHOUSE=wheelhouse .     # offline
+#   make image                                          shardline:dev
+#   make image IMAGE=shardline:gpu TARGET=gpu
+#   make wheelhouse && make image WHEELHOUSE=wheelhouse     the second without internet
 #
-# WHEELHOUSE is a folder beside this file with a wheel of everything that is installed:
-#   make wheelhouse
+# WHEELHOUSE is a folder beside this file with a wheel of everything that is installed.
 ARG PYTHON=python:3.11-slim-bookworm
 
 FROM ${PYTHON} AS build
@@ -24,7 +23,8 @@ RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb
         print(*project['dependencies'], *extras['plots'], *extras['examples'], sep='\n')" > needs.txt
 
 FROM build AS build-cpu
-RUN pip install -c /wheels/constraints.txt --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 \
+RUN pip install -c /wheels/constraints.txt --index-url https://download.pytorch.org/whl/cpu \
+        --extra-index-url https://pypi.org/simple torch==2.13.0 \
     && pip install -c /wheels/constraints.txt -r needs.txt setuptools
 COPY . .
 RUN pip install --no-deps --no-build-isolation .
@@ -51,6 +51,7 @@ ENV PATH=/opt/shardline/bin:$PATH \
 EXPOSE 7000 9400
 USER 65532:65532
 WORKDIR /runs
+# Of a shard; a worker takes no calls, and is started without (docker run --no-healthcheck).
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-m", "ps_server.probe"]
 CMD ["python", "-m", "ps_server"]
 

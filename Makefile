@@ -4,8 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+IMAGE ?= shardline:dev
+TARGET ?= cpu
+WHEELHOUSE ?=
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+REVISION = $(shell git rev-parse HEAD 2> /dev/null || echo unknown)
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults integration check protos monitoring bench stragglers train wheelhouse clean
+.PHONY: help install demo test faults integration image check protos monitoring bench stragglers train wheelhouse clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -33,6 +39,10 @@ faults: $(INSTALLED) ## run the slow tests: whole runs that are killed, stopped 
 integration: $(INSTALLED) ## run in containers with Docker, break things, and look at Prometheus
 	$(BIN)/python -m tests.integration
 
+image: ## build the image IMAGE [shardline:dev], TARGET [cpu] or gpu, from WHEELHOUSE if it is given
+	docker build --target $(TARGET) --tag $(IMAGE) --build-arg WHEELHOUSE=$(WHEELHOUSE) \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
+
 check: $(INSTALLED) ## format, lint, types, generated files, layers
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -57,7 +67,8 @@ stragglers: $(INSTALLED) ## measure every mode beside DDP with a straggler
 train: $(INSTALLED) ## measure whole training loops beside DDP, and what a worker holds
 	$(BIN)/python benchmarks/train.py
 
-wheelhouse: $(INSTALLED) ## collect the wheels of which an image can be built without internet
+wheelhouse: $(INSTALLED) ## collect wheels for an image without internet; on Linux, with Python 3.11
+	rm -rf wheelhouse
 	$(BIN)/python -m pip wheel --quiet -w wheelhouse -c constraints.txt torch==2.13.0 'setuptools>=77' '.[plots,examples]'
 	rm -f wheelhouse/shardline-*.whl
 

@@ -33,6 +33,7 @@ _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.max_frame_size", MAX_MESSAGE_BYTES - 1),
+    ("grpc.enable_http_proxy", 0),  # of the machine, for the internet: shards are not there
 )
 
 _SERVER_OPTIONS: Sequence[tuple[str, int]] = (
@@ -116,7 +117,7 @@ def open_async_channel(address: str, config: RpcConfig) -> grpc.aio.Channel:
 
 def is_serving(address: str, timeout_seconds: float) -> bool:
     """Whether a server answers health checks there, and says that it serves."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=_OPTIONS) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=timeout_seconds

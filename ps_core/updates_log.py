@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ps_core.entries import Contribution, Entry, WorkerEvent
-from ps_core.errors import ConfigError
+from ps_core.errors import ConfigError, DataLossError
 from ps_core.leases import Lease, PassEnd, PassOpened
 
 FILE_NAME = "updates.jsonl"
@@ -22,8 +22,10 @@ FILE_NAME = "updates.jsonl"
 class UpdatesLog:
     """Appends to the file; without a run directory it writes nothing. Its owner closes it."""
 
-    def __init__(self, run_dir: str) -> None:
-        """Raises ConfigError when the file cannot be opened."""
+    def __init__(self, run_dir: str, *, is_new: bool = False) -> None:
+        """`is_new`: this process begins the run. Raises ConfigError when the file cannot be opened,
+        and DataLossError when it tells of a run that this process is to begin.
+        """
         self._file: TextIO | None = None
         if not run_dir:
             return
@@ -35,6 +37,12 @@ class UpdatesLog:
                 f"cannot write {path} ({error.strerror}): set job.run_dir to a folder that exists "
                 "and may be written to, or to nothing"
             ) from error
+        if is_new and self._file.tell():
+            self.close()
+            raise DataLossError(
+                f"{path} tells of a run whose parameters this shard does not have: begin a new run "
+                "with an empty job.run_dir"
+            )
 
     def write(self, entries: Iterable[Entry]) -> None:
         """Append entries; they reach the disk with `flush`."""

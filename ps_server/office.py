@@ -43,7 +43,8 @@ class Office:
         resume: Callable[[], None],
     ) -> None:
         """`obey` gives an order to the lead's own shard, `answer` tells a worker that it goes on,
-        `resume` says that answers need not be withheld (any more). Raises ConfigError.
+        `resume` says that answers need not be withheld (any more). Raises ConfigError, and
+        DataLossError when the run directory tells of a run that has begun already.
         """
         self._incarnation = incarnation
         self._config = config
@@ -67,7 +68,7 @@ class Office:
             member.heartbeat_floor_seconds, member.heartbeat_deadline_seconds
         )
         self._metrics = LeadMetrics()
-        self._log = UpdatesLog(config.job.run_dir)
+        self._log = UpdatesLog(config.job.run_dir, is_new=True)
 
     # -- Workers -----------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """`python -m ps_server.probe`: is the shard of this container up? Its health check.
 
 Reads the same configuration as the shard does. Ends with 0 when the shard answers that it serves,
-and otherwise with 1. Imports no torch: it runs every few seconds.
+and otherwise with 1, which are the two that Docker knows. Imports no torch: it runs every few seconds.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ _TIMEOUT_SECONDS = 3.0
 
 
 def main() -> int:
-    """0: the shard serves."""
+    """0: the shard serves; 1: it does not, or nobody can tell."""
     try:
         address = listen_address(load())
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
-        return error.exit_code
+        return 1
     return 0 if is_serving(_from_inside(address), _TIMEOUT_SECONDS) else 1
 
 

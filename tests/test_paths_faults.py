@@ -69,7 +69,7 @@ with shardline.connect() as session:
     me = f"replica {{session.rank}} stage {{session.stage}}"
     with session.model():
         model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 1))
-    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-4)
     optimizer = session.optimizer(sgd, model)
     step = session.step(model, loss_of)
     print(f"{{me}} starts with step {{optimizer.next_step}} in process {{os.getpid()}}", flush=True)

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from tests.integration.compose import Compose, composed
 from tests.integration.engine import engine
-from tests.integration.images import build
+from tests.integration.images import CLASSIC, build
 from tests.integration.monitoring import Prometheus, Query, queries
 from tests.integration.scenarios import Result, Scenario, follow_the_guide
 from tests.integration.shell import ROOT, Failure, console, say, wait_for
@@ -70,8 +70,10 @@ def _guide_variables() -> Mapping[str, str]:
     """The guide's commands as they are; images and names are those of this run."""
     return {
         "COMPOSE_PROJECT_NAME": f"shardline-guide-{os.getpid()}",
+        "IMAGE": IMAGE,
         "SHARDLINE_IMAGE": IMAGE,
         "WHEELHOUSE": "wheelhouse" if (ROOT / "wheelhouse").is_dir() else "",
+        **CLASSIC,
     }
 
 
@@ -97,8 +99,11 @@ def _run_profiles(compose: Compose, prometheus: Prometheus) -> list[Result]:
         name: Scenario(compose, prometheus, name, containers)
         for name, containers in PROFILES.items()
     }
+    trained = scenarios["ps"].run(epochs=150, with_faults=True)
+    say("starting shard-0 once more, without the run's parameters")
+    compose.fails_with("shard-0", "tells of a run whose parameters this shard does not have")
     return [
-        scenarios["ps"].run(epochs=150, with_faults=True),
+        trained,
         scenarios["allreduce"].run(epochs=15),
         scenarios["pipeline"].run(epochs=15),
     ]

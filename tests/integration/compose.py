@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,11 @@ from tests.integration.shell import Failure, run, say, wait_for
 
 ALL_PROFILES: Final = ("ps", "allreduce", "pipeline", "monitoring")
 _UP_SECONDS: Final = 300.0
+
+
+def docker_compose() -> list[str]:
+    """Version 1, or 2 as docker's own command."""
+    return ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
 
 
 class Compose:
@@ -26,9 +32,16 @@ class Compose:
         self._files = ["-f", "compose.yaml", "-f", str(extra)]
         self._variables = variables
 
+    def fails_with(self, service: str, what: str) -> None:
+        """Start a service that must refuse to run. Raises Failure when it does not say `what`."""
+        self.up(service)
+        wait_for(f"{service} ends", lambda: self.state(service)["Status"] == "exited", 60)
+        if not self.state(service)["ExitCode"] or what not in self.last_lines(service):
+            raise Failure(f"{service} did not refuse to run:\n{self.last_lines(service)}")
+
     def _compose(self, *words: str, seconds: float = 120, **variables: str) -> str:
         profiles = [word for name in ALL_PROFILES for word in ("--profile", name)]
-        command = ["docker-compose", *self._files, "-p", self.project, *profiles, *words]
+        command = [*docker_compose(), *self._files, "-p", self.project, *profiles, *words]
         return run(command, seconds, {**self._variables, **variables})
 
     def up(self, *services: str, **variables: str) -> None:
@@ -60,6 +73,10 @@ class Compose:
     def _inspect(self, service: str) -> Mapping[str, Any]:
         found: list[Mapping[str, Any]] = json.loads(run(["docker", "inspect", self.id_of(service)]))
         return found[0]
+
+    def num_restarts(self, service: str) -> int:
+        """How often the engine has started its container again by itself."""
+        return int(self._inspect(service)["RestartCount"])
 
     def address(self, service: str) -> str:
         """Of its container on the network."""

@@ -30,7 +30,10 @@ def engine() -> Iterator[None]:
         log = Path(folder) / "dockerd.log"
         say("starting dockerd")
         with log.open("wb") as file:
-            process = subprocess.Popen([daemon], stdout=file, stderr=subprocess.STDOUT)
+            # Not in this process group: Ctrl-C must not end it before its containers are removed.
+            process = subprocess.Popen(
+                [daemon], stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
         try:
             _wait_for(process, log)
             yield

@@ -40,14 +40,14 @@ def build(tag: str, prometheus: str) -> None:
     if not _has(prometheus) and not _pull(prometheus):
         say(f"no registry answers: making {prometheus} from Debian's package")
         _make_prometheus(prometheus)
-    command = ["docker", "build", "--target", "cpu", "--tag", tag]
+    command = ["make", "image", f"IMAGE={tag}"]
     # A stand-in that an earlier run has left does not mean that PyPI can be reached from inside.
     if is_offline or _is_stand_in(PYTHON):
         say("collecting wheels")
         run(["make", "wheelhouse"], _WHEELS_SECONDS)
-        command += ["--build-arg", "WHEELHOUSE=wheelhouse"]
+        command += ["WHEELHOUSE=wheelhouse"]
     say(f"building {tag}")
-    run([*command, "."], _BUILD_SECONDS, CLASSIC)
+    run(command, _BUILD_SECONDS, CLASSIC)
 
 
 def _has(tag: str) -> bool:

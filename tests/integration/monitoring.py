@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import urllib.error
 import urllib.parse
@@ -60,9 +61,12 @@ class Prometheus:
         return {each["labels"]["instance"]: each["health"] == "up" for each in active}
 
     def num_series(self, expression: str, start: float, end: float) -> int:
-        """How many series have had a value between two times."""
+        """How many series have had a number between two times: NaN is none."""
         answer = self._get("query_range", query=expression, start=start, end=end, step=5)
-        return len(answer["result"])
+        return sum(
+            any(math.isfinite(float(value)) for _, value in series["values"])
+            for series in answer["result"]
+        )
 
     def _get(self, what: str, **parameters: object) -> Any:  # noqa: ANN401 - JSON
         url = f"{self._url}/api/v1/{what}?{urllib.parse.urlencode(parameters)}"

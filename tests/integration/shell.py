@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from rich.console import Console
 T = TypeVar("T")
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-console: Final = Console(highlight=False, soft_wrap=True)
+_WIDTH: Final = None if sys.stdout.isatty() else 120
+console: Final = Console(highlight=False, soft_wrap=True, width=_WIDTH)
 _LAST_LINES: Final = 40
 
 

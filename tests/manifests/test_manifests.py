@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ps_core.config import check_addresses, load, split_address
 from ps_core.settings import Config
@@ -22,6 +23,7 @@ SHARD = ("python", "-m", "ps_server")
 WORKER = ("python", "/examples/digits.py")
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - in a container
 HASHED = re.compile(r"shardline-[0-9a-z]{10}")
+SIZES = sorted(K8S.glob("*/*/sizes"))
 
 
 def configuration(pod: Pod) -> Config:
@@ -35,6 +37,18 @@ def shards(documents: list[Document]) -> list[Pod]:
 
 def workers(documents: list[Document]) -> list[Pod]:
     return [pod for pod in pods(documents) if pod.owner.startswith("Job/")]
+
+
+def kustomization(folder: Path) -> Document:
+    text = (folder / "kustomization.yaml").read_text(encoding="utf-8")
+    found: Document = yaml.safe_load(text)
+    return found
+
+
+def components(folder: Path) -> list[str]:
+    """In the order in which they are applied."""
+    found: list[str] = kustomization(folder).get("components", [])
+    return found
 
 
 def ports(template: Document) -> dict[str, int]:
@@ -92,6 +106,34 @@ def test_numbers_that_belong_together_agree(documents: list[Document]) -> None:
         assert config.cluster.num_workers == len(trainers)
         index = config.server.index if pod in servers else config.cluster.rank
         assert index == pod.index
+
+
+def test_a_job_has_room_for_more_workers_where_it_is_elastic(
+    folder: Path, documents: list[Document]
+) -> None:
+    is_elastic = "../../components/elastic" in components(folder)
+    for pod in workers(documents):
+        config = configuration(pod)
+        assert (config.cluster.num_ranks > config.cluster.num_workers) == is_elastic
+        assert ("SHARDLINE_MEMBERSHIP_MIN_WORKERS" in pod.environment) == is_elastic
+        assert config.membership.min_workers <= config.by_replica().cluster.num_workers
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda path: path.parent.name)
+def test_no_component_overrides_sizes(sizes: Path) -> None:
+    lines = (sizes / "job.env").read_text(encoding="utf-8").splitlines()
+    told = {tuple(line.split("=", 1)) for line in lines if not line.startswith("#")}
+    assert told
+    for pod in pods(rendered(sizes.parent)):
+        assert told <= pod.environment.items()
+
+
+def test_sizes_are_the_last_component_since_what_a_folder_generates_comes_before(
+    folder: Path,
+) -> None:
+    listed = components(folder)
+    assert (folder / "sizes" in SIZES) == (listed[-1:] == ["sizes"])
+    assert not listed or "configMapGenerator" not in kustomization(folder)
 
 
 def test_all_pods_read_the_same_configmap_whose_name_changes_with_it(
@@ -174,6 +216,13 @@ def test_results_go_to_the_claim_and_tmp_to_memory(documents: list[Document]) ->
         assert isinstance(volumes["/tmp"], Scratch)  # noqa: S108 - in a container
 
 
+@pytest.mark.parametrize("overlay", ["local", "production", "production-gpu"])
+def test_a_claim_for_several_nodes_names_its_storage_class(overlay: str) -> None:
+    (claim,) = of_kind(rendered(K8S / "overlays" / overlay), "PersistentVolumeClaim")
+    is_shared = claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert is_shared == (overlay != "local") == ("storageClassName" in claim["spec"])
+
+
 def test_service_accounts_exist_and_bring_no_token(documents: list[Document]) -> None:
     accounts = {each["metadata"]["name"]: each for each in of_kind(documents, "ServiceAccount")}
     assert not any(each["automountServiceAccountToken"] for each in accounts.values())
@@ -234,9 +283,12 @@ def test_without_shards_nothing_of_them_is_left() -> None:
     assert {configuration(pod).strategy for pod in workers(documents)} == {"allreduce"}
 
 
-def test_stages_of_a_pipeline_have_shards_and_whole_replicas() -> None:
-    config = configuration(workers(rendered(K8S / "tests" / "pipeline"))[0])
-    assert (config.pipeline.stages, config.by_replica().cluster.num_workers) == (2, 2)
+@pytest.mark.parametrize(("combination", "expected"), [("pipeline", 2), ("pipeline-resized", 4)])
+def test_stages_of_a_pipeline_have_shards_and_whole_replicas(
+    combination: str, expected: int
+) -> None:
+    config = configuration(workers(rendered(K8S / "tests" / combination))[0])
+    assert (config.pipeline.stages, config.by_replica().cluster.num_workers) == (2, expected)
     assert config.strategy == "parameter-server"
 
 
@@ -256,20 +308,34 @@ def test_tolerations_of_several_components_add_up() -> None:
     ]
 
 
-def test_all_pods_are_scraped_as_one_job() -> None:
-    documents = rendered(K8S / "tests" / "monitoring")
+@pytest.mark.parametrize("combination", ["monitoring", "pod-monitor"])
+def test_all_pods_of_a_namespace_are_scraped_as_one_job(combination: str) -> None:
+    documents = rendered(K8S / "tests" / combination)
     (monitor,) = of_kind(documents, "PodMonitor")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["relabelings"] == [
+        {
+            "sourceLabels": ["__meta_kubernetes_namespace"],
+            "targetLabel": "job",
+            "replacement": "$1/shardline",
+        }
+    ]
     for template in pod_templates(documents):
         labels = template["metadata"]["labels"]
         assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
-        assert labels[monitor["spec"]["jobLabel"]] == "shardline"
-        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
         assert endpoint["port"] in ports(template)
 
 
+def test_a_pod_monitor_brings_no_second_copy_of_rules_and_dashboards() -> None:
+    documents = rendered(K8S / "tests" / "pod-monitor")
+    component = "app.kubernetes.io/component"
+    found = [each for each in documents if each["metadata"]["labels"][component] == "monitoring"]
+    assert [each["kind"] for each in found] == ["PodMonitor"]
+
+
 def test_every_component_says_what_it_is_for_and_is_in_a_combination() -> None:
-    components = {path.name for path in (K8S / "components").iterdir()}
+    names = {path.name for path in (K8S / "components").iterdir()}
     texts = [path.read_text(encoding="utf-8") for path in K8S.glob("*/*/kustomization.yaml")]
-    for name in components:
+    for name in names:
         assert (K8S / "components" / name / "README.md").is_file()
         assert any(f"/{name}\n" in text for text in texts)

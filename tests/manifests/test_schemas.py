@@ -17,7 +17,13 @@ POD_MONITOR: Document = {
     "metadata": {"name": "a"},
     "spec": {
         "selector": {"matchLabels": {"a": "b"}},
-        "podMetricsEndpoints": [{"port": "metrics", "interval": "15s"}],
+        "podMetricsEndpoints": [
+            {
+                "port": "metrics",
+                "interval": "15s",
+                "relabelings": [{"sourceLabels": ["a_b"], "targetLabel": "c", "replacement": "$1"}],
+            }
+        ],
     },
 }
 RULE: Document = {
@@ -38,8 +44,20 @@ def test_a_valid_object_has_no_problem(document: Document) -> None:
     [
         (SERVICE, ("spec", "clusterIp"), "None", "clusterIp"),
         (SERVICE, ("spec", "ports"), [{"port": "7000"}], "'7000'"),
-        (POD_MONITOR, ("spec", "jobLable"), "a", "jobLable"),
+        (POD_MONITOR, ("spec", "selectors"), {}, "selectors"),
         (POD_MONITOR, ("spec", "podMetricsEndpoints"), [{"interval": "15 s"}], "'15 s'"),
+        (
+            POD_MONITOR,
+            ("spec", "podMetricsEndpoints"),
+            [{"relabelings": [{"sourceLabel": ["a_b"]}]}],
+            "'sourceLabel'",
+        ),
+        (
+            POD_MONITOR,
+            ("spec", "podMetricsEndpoints"),
+            [{"relabelings": [{"sourceLabels": ["a-b"]}]}],
+            "'a-b'",
+        ),
         (RULE, ("spec", "groups"), [{"rules": []}], "'name'"),
         (RULE, ("status",), {}, "status"),
         (SERVICE, ("kind",), "Servise", "Servise"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ps_core.entries import Contribution, Entry, WorkerEvent
-from ps_core.errors import ConfigError
+from ps_core.errors import ConfigError, DataLossError
 from ps_core.leases import Lease, PassEnd, PassOpened
 from ps_core.updates_log import FILE_NAME, UpdatesLog
 from shardline.ledger import Balance, Ledger
@@ -206,3 +206,12 @@ def test_a_step_with_samples_of_two_passes_does_not_count_twice(tmp_path: Path) 
     ledger.read((tmp_path / FILE_NAME).read_bytes().splitlines(keepends=True))
     assert ledger.balance().updates_duplicated == 0
     assert ledger.balance().samples_applied == 8
+
+
+def test_a_run_does_not_begin_where_another_has_begun(tmp_path: Path) -> None:
+    for _ in range(2):  # nobody had come to the first one
+        UpdatesLog(str(tmp_path), is_new=True).close()
+    lines = write(tmp_path, WorkerEvent(0, 11, "joined", 0))
+    with pytest.raises(DataLossError, match=r"updates\.jsonl tells of a run .*empty job\.run_dir"):
+        UpdatesLog(str(tmp_path), is_new=True)
+    assert write(tmp_path) == lines, "it is as it was"
