@@ -247,10 +247,11 @@ def _validate_cluster(config: Config) -> None:
             f"cluster.rank = {rank} must be below the number of workers, {cluster.num_ranks} "
             "(cluster.num_workers, or cluster.max_workers)"
         )
-    if config.membership.min_workers > cluster.num_workers:
+    counted = config.by_replica().cluster.num_workers
+    if config.membership.min_workers > counted:
+        kind = "cluster.num_workers" if stages == 1 else "the number of replicas"
         raise ConfigError(
-            f"membership.min_workers = {config.membership.min_workers} is above "
-            f"cluster.num_workers = {cluster.num_workers}"
+            f"membership.min_workers = {config.membership.min_workers} is above {kind} = {counted}"
         )
     if 0 < len(shards) < stages:
         raise ConfigError(

@@ -178,7 +178,9 @@ class MembershipConfig:
     join_timeout_seconds: float = key(
         120.0, "Seconds the first worker waits for all others to join.", "--join-timeout", 0.001
     )
-    min_workers: int = key(1, "With fewer workers the job pauses.", "--min-workers", 1)
+    min_workers: int = key(
+        1, "With fewer workers, or replicas of a split model, the job pauses.", "--min-workers", 1
+    )
     pause_timeout_seconds: float = key(
         120.0, "Seconds a pause may last before the job fails.", "--pause-timeout", 0.001
     )

@@ -1,7 +1,8 @@
 """`python -m ps_server.probe`: is the shard of this container up? Its health check.
 
 Reads the same configuration as the shard does. Ends with 0 when the shard answers that it serves,
-and otherwise with 1, which are the two that Docker knows. Imports no torch: it runs every few seconds.
+and otherwise with 1, which are the two that Docker knows. Imports no torch: it runs every few
+seconds.
 """
 
 import contextlib

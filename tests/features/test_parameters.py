@@ -284,7 +284,8 @@ def test_a_tied_weight_is_stored_once_and_plain_torch_reads_it_back(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     environ = {**JOB_SEED, "SHARDLINE_JOB_RUN_DIR": str(tmp_path)}
-    results = cluster.run(run_script, environ=environ, script=f"{__name__}:tied_weights", arguments={})
+    name = f"{__name__}:tied_weights"
+    results = cluster.run(run_script, environ=environ, script=name, arguments={})
     path = tmp_path / "model.safetensors"
     with safe_open(path, "pt") as file:
         assert sorted(file.keys()) == ["down.bias", "out.bias", "out.weight", "up.weight"]

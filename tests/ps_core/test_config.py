@@ -31,6 +31,7 @@ from ps_core.settings import (
     ConsistencyConfig,
     JobConfig,
     MembershipConfig,
+    PipelineConfig,
     RpcConfig,
     ServerConfig,
     WorkerConfig,
@@ -461,6 +462,14 @@ def test_a_missing_file_is_named() -> None:
                 membership=MembershipConfig(min_workers=3),
             ),
             r"membership\.min_workers = 3 is above cluster\.num_workers = 2",
+        ),
+        (
+            Config(
+                cluster=ClusterConfig(num_workers=8, shards=tuple(TWO_SHARDS)),
+                pipeline=PipelineConfig(stages=2),
+                membership=MembershipConfig(min_workers=5),
+            ),
+            r"membership\.min_workers = 5 is above the number of replicas = 4",
         ),
         (
             Config(cluster=ClusterConfig(shards=TWO_SHARDS), server=ServerConfig(index=2)),
