@@ -104,8 +104,8 @@ def _run_profiles(compose: Compose, prometheus: Prometheus) -> list[Result]:
     compose.fails_with("shard-0", "tells of a run whose parameters this shard does not have")
     return [
         trained,
-        scenarios["allreduce"].run(epochs=15),
-        scenarios["pipeline"].run(epochs=15),
+        scenarios["allreduce"].run(epochs=100),
+        scenarios["pipeline"].run(epochs=30),
     ]
 
 
