@@ -163,8 +163,7 @@ class Passes:
     def set_members(self, members: Sequence[int]) -> None:
         """The members are others. Rule 3."""
         self._members = tuple(sorted(members))
-        self._held.clear()
-        self._speeds_of_deals = dict(self.speeds)
+        self._settle()
         for current in self.open.values():
             self._deal(current, self._members)
 
@@ -193,8 +192,7 @@ class Passes:
         left = [each for each in self.open.values() if each.has_progress and each.free()]
         if not takers or not left:
             return False
-        self._held.clear()
-        self._speeds_of_deals = dict(self.speeds)
+        self._settle()
         for current in self.open.values():
             current.has_progress = False
             self._deal(current, tuple(sorted(takers)))
@@ -216,9 +214,13 @@ class Passes:
             self.num_ended[loader] += 1
             self.ended[loader] = current.point
         self.open.clear()
+        self._settle()
+        return ends
+
+    def _settle(self) -> None:
+        """All workers are at the same point: what they hold is void, and speeds of now count."""
         self._held.clear()
         self._speeds_of_deals = dict(self.speeds)
-        return ends
 
     def _begin(self, loader: int, reads: Reading, point: Point) -> Pass:
         current = Pass(reads.number, reads.num_positions, reads.unit, reads.is_shared, point)

@@ -44,7 +44,7 @@ def engine() -> Iterator[None]:
                 process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
+                process.wait(_STOP_SECONDS)
 
 
 def _wait_for(process: subprocess.Popen[bytes], log: Path) -> None:
