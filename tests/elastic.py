@@ -20,6 +20,22 @@ GATE_EPOCH: Final = 2
 HOLD_EPOCH: Final = 5
 """In the middle of which they wait until the file `hold` is gone."""
 
+DATASET: Final = f"""\
+class Squares(torch.utils.data.Dataset):
+    def __init__(self, worker):
+        self.log = (folder / f"read-{{worker}}.txt").open("a")
+
+    def __len__(self):
+        return {NUM_SAMPLES}
+
+    def __getitem__(self, index):
+        self.log.write(f"{{index}}\\n")
+        self.log.flush()
+        x = torch.linspace(-1, 1, {NUM_SAMPLES})[index].expand(8) * torch.arange(1.0, 9.0)
+        return x, x.sum().reshape(1)
+"""
+"""For scripts that have a `folder`: which samples a worker has read is written down there."""
+
 SCRIPT: Final = f"""
 import sys
 import time
@@ -34,19 +50,7 @@ for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero
 folder = Path(sys.argv[1])
 
 
-class Squares(torch.utils.data.Dataset):
-    def __init__(self, rank):
-        self.log = (folder / f"read-{{rank}}.txt").open("a")
-
-    def __len__(self):
-        return {NUM_SAMPLES}
-
-    def __getitem__(self, index):
-        self.log.write(f"{{index}}\\n")
-        self.log.flush()
-        x = torch.linspace(-1, 1, {NUM_SAMPLES})[index].expand(8) * torch.arange(1.0, 9.0)
-        return x, x.sum().reshape(1)
-
+{DATASET}
 
 def wait_for(name):
     print(f"waits for {{name}}", flush=True)

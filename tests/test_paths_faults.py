@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.elastic import NUM_SAMPLES, Account
+from tests.elastic import DATASET, Account
 from tests.processes import Process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -45,19 +45,7 @@ folder = Path(sys.argv[1])
 bad_step = int(sys.argv[2])
 
 
-class Squares(torch.utils.data.Dataset):
-    def __init__(self, worker):
-        self.log = (folder / f"read-{{worker}}.txt").open("a")
-
-    def __len__(self):
-        return {NUM_SAMPLES}
-
-    def __getitem__(self, index):
-        self.log.write(f"{{index}}\\n")
-        self.log.flush()
-        x = torch.linspace(-1, 1, {NUM_SAMPLES})[index].expand(8) * torch.arange(1.0, 9.0)
-        return x, x.sum().reshape(1)
-
+{DATASET}
 
 def loss_of(output, target):
     if optimizer.next_step == bad_step:
