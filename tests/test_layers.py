@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 40
+MAX_FILE_LINES = 600
+MAX_FUNCTION_LINES = 60
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Which other folders a folder may import. A folder may always import itself.
@@ -284,8 +284,8 @@ def _problems(sources: dict[str, str]) -> list[str]:
         ("ps_core/a.py", "import pickle", "serializer"),
         ("ps_core/a.py", "import torch\ntorch.load('a').b", "serializer"),
         ("ps_core/a.py", "eval('1')", "strings"),
-        ("ps_core/a.py", "\n" * 401, "400 lines"),
-        ("ps_core/a.py", "def f():\n" + " g()\n" * 40, "`f` has 41 lines"),
+        ("ps_core/a.py", "\n" * 601, "600 lines"),
+        ("ps_core/a.py", "def f():\n" + " g()\n" * 60, "`f` has 61 lines"),
     ],
 )
 def test_the_walker_finds(path: str, text: str, expected: str) -> None:
@@ -303,7 +303,7 @@ def test_the_walker_accepts_what_the_rules_allow() -> None:
     sources = {
         "ps_core/a.py": "import time\nif TYPE_CHECKING:\n from ps_core.b import B",
         "ps_core/b.py": "from ps_core.a import A\ndef f():\n import ps_core.b\n model.eval()",
-        "ps_core/c.py": "def f():\n '''\n" + " a\n" * 40 + " '''\n # why\n\n g()",
+        "ps_core/c.py": "def f():\n '''\n" + " a\n" * 60 + " '''\n # why\n\n g()",
         "ps_core/rpc.py": "import grpc",
         "ps_server/a.py": "from ps_core import rpc",
         "allreduce/a.py": "import torch.distributed",
