@@ -100,7 +100,8 @@ when workers fail:
 
 A worker that fails is started again, up to --max-restarts times within --restart-window seconds
 over the whole run. One that ends with 75 was preempted: it is replaced, which does not count. One
-that ends with 2 was used wrongly, which ends the run.
+that ends with 2 was used wrongly, which ends the run, as does a SCRIPT that fails before the first
+step, or ends without having joined the job.
 
 It ends with 0 when all workers have, 1 when a process failed, 2 when it was used wrongly, 3 when a
 shard could not be reached, and 128 + the signal's number when a signal ended it.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ps_core.exchange import Traffic
-from shardline.records import EndRecord, Record, Scalar, StepRecord
+from shardline.records import EndRecord, JoinRecord, Record, Scalar, StepRecord
 
 _INTERVAL_SECONDS = 0.1
 
@@ -35,6 +35,10 @@ class Journal:
         self._epoch = self._version = self._samples = 0
         self._written_at = 0.0
         self._started = time.monotonic()
+
+    def joined(self) -> None:
+        """The worker takes part in the job."""
+        self._write(JoinRecord(time.time(), self._rank, self._incarnation))
 
     def step(self, epoch: int, version: int, samples: int) -> None:
         """A step is done; `samples` is this worker's total."""

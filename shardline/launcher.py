@@ -26,6 +26,7 @@ from shardline.records import Tail
 from shardline.restarts import Restarts
 from shardline.run_directory import Outcome, RunDirectory, Running
 from shardline.supervision import REAP_SECONDS, Order, ProcessId, Start, Supervisor
+from shardline.tracebacks import HeldTraceback
 
 if TYPE_CHECKING:
     from allreduce.store import Keeper
@@ -96,6 +97,9 @@ class _Run:
         self._specs = specs
         self._children: dict[ProcessId, Child] = {}  # the newest of each
         self._num_starts: Counter[ProcessId] = Counter()
+        self._tracebacks: dict[ProcessId, HeldTraceback] = {}  # of workers
+        self._shown: set[tuple[str, ...]] = set()
+        """The last words of workers that have ended."""
         self._signals: list[signal.Signals] = []
         self._keeper: Keeper | None = None
         self._tail = Tail(directory.metrics)
@@ -132,6 +136,7 @@ class _Run:
     def _start(self, spec: ProcessSpec) -> None:
         child = self._children[spec.id] = Child(spec, self._directory.open_log(spec))
         self._num_starts[spec.id] += 1
+        self._tracebacks[spec.id] = HeldTraceback()
         child.listen(partial(self._show_line, spec.id))
 
     def _write_cluster(self) -> None:
@@ -143,10 +148,28 @@ class _Run:
         self._directory.write_json("cluster.json", document)
 
     def _show_line(self, process: ProcessId, text: str) -> None:
+        if process.role == "worker":
+            for line in self._tracebacks[process].add(text):
+                self._screen.line(str(process), line)
         # What shards say when we end them is no news.
-        is_news = self._supervisor.interrupted is None and _NOTEWORTHY.search(text)
-        if process.role == "worker" or is_news:
+        elif self._supervisor.interrupted is None and _NOTEWORTHY.search(text):
             self._screen.line(str(process), text)
+
+    def _show_last_words(self, process: ProcessId) -> None:
+        """Show the traceback with which a worker has ended, but for that of the run's failure,
+        which the report tells, and one that was shown before.
+        """
+        failure = self._supervisor.failure
+        words = tuple(self._tracebacks[process].lines)
+        if failure and words == tuple(self._tracebacks[failure.process].lines):
+            return
+        lines = self._tracebacks[process].release()
+        if words in self._shown:
+            lines = [f"(the same traceback as before) {words[-1]}"]
+        elif words:
+            self._shown.add(words)
+        for line in lines:
+            self._screen.line(str(process), line)
 
     def _watch(self) -> None:
         while not self._supervisor.is_over(time.monotonic()):
@@ -166,12 +189,16 @@ class _Run:
         ended = self._newly_ended()
         # After the processes were looked at: the last record of one that has ended is in the file.
         self._progress.add(self._tail.read())
+        self._supervisor.joined = self._progress.joined
         self._supervisor.finished = self._progress.finished
+        self._supervisor.has_trained = self._progress.has_trained
         for process, code in ended:
             if self._keeper is not None:
                 self._keeper.ended(process.index, self._children[process].pid)
                 self._supervisor.is_hopeless = self._keeper.has_failed
             self._supervisor.exited(process, code, now)
+            if self._children[process].close():
+                self._show_last_words(process)
 
     def _newly_ended(self) -> list[tuple[ProcessId, int]]:
         """Those that died of a signal first: the others may have failed because of them."""
@@ -190,7 +217,6 @@ class _Run:
 
     def _start_again(self, ended: Child) -> None:
         """In the place of one that has ended, which is seen to end once more if that fails."""
-        ended.close()
         try:
             self._start(ended.spec)
             self._progress.restarted(ended.spec.id.index)
@@ -208,8 +234,9 @@ class _Run:
             if time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
-        for child in self._children.values():
+        for process, child in self._children.items():
             child.close()
+            self._show_last_words(process)
         self._screen.close()
 
     def _tell(self, wall_seconds: float) -> int:
@@ -225,11 +252,16 @@ class _Run:
             report.ending(
                 self._supervisor,
                 wall_seconds,
-                {process: list(child.last_lines) for process, child in self._children.items()},
+                {process: self._last_lines(process) for process in self._children},
                 self._directory,
             )
         )
         return code
+
+    def _last_lines(self, process: ProcessId) -> list[str]:
+        """What it wrote last, with all of a traceback that was not shown."""
+        lines = list(self._children[process].last_lines)
+        return max(lines, self._tracebacks[process].lines, key=len)
 
     def _balance(self) -> Balance:
         try:

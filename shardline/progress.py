@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from shardline.records import EndRecord, Record, Scalar, StepRecord
+from shardline.records import EndRecord, JoinRecord, Record, Scalar, StepRecord
 
 WINDOW_SECONDS: Final = 5.0
 """Samples per second are counted over this time, or over the last two records."""
@@ -96,6 +96,7 @@ class _Worker:
     values: dict[str, float] = field(default_factory=dict)
     reported: Mapping[str, Scalar] | None = None  # once it has finished
     is_starting: bool = True
+    has_joined: bool = False  # with any of its processes
     first: _Sample | None = None
     recent: deque[_Sample] = field(default_factory=deque)
     done: dict[str, _Done] = field(default_factory=dict)  # by incarnation
@@ -120,6 +121,9 @@ class _Worker:
         if record.incarnation not in self.done:
             self.reported = None
         self.is_starting = False
+        if isinstance(record, JoinRecord):
+            self.has_joined = True
+            return
         self.done[record.incarnation] = _Done(
             record.samples, record.pushed_bytes, record.pulled_bytes
         )
@@ -186,6 +190,16 @@ class Progress:
     def finished(self) -> set[int]:
         """The ranks of the workers that have written their last record."""
         return {worker.rank for worker in self._workers if worker.reported is not None}
+
+    @property
+    def joined(self) -> set[int]:
+        """The ranks of the workers that have ever taken part in the job."""
+        return {worker.rank for worker in self._workers if worker.has_joined}
+
+    @property
+    def has_trained(self) -> bool:
+        """Some worker has taken a step."""
+        return any(worker.steps for worker in self._workers)
 
     def view(self, elapsed_seconds: float, now: float) -> View:
         """The workers at time `now`, in seconds since 1970."""

@@ -66,7 +66,7 @@ _READERS: Final[dict[Any, Callable[[Any], Any]]] = {
 
 
 class _Line:
-    """The JSON form that both records share: `kind`, then the fields in order."""
+    """The JSON form that all records share: `kind`, then the fields in order."""
 
     __slots__ = ()
     KIND: ClassVar[str]
@@ -89,6 +89,17 @@ class _Line:
     def line(self) -> str:
         """The record as one line of the file, with the newline at its end."""
         return json.dumps(self.to_json(), separators=(",", ":"), allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class JoinRecord(_Line):
+    """A worker has joined the job: `session.optimizer` has returned."""
+
+    KIND: ClassVar[str] = "join"
+
+    time: float  # seconds since 1970
+    rank: int
+    incarnation: str  # of the worker's process: one that is started again has another
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +140,10 @@ class EndRecord(_Line):
     """What the script reported as its results, by name."""
 
 
-Record = StepRecord | EndRecord
+Record = JoinRecord | StepRecord | EndRecord
 
-_KINDS: Final[dict[str, type[StepRecord] | type[EndRecord]]] = {
-    "step": StepRecord,
-    "end": EndRecord,
+_KINDS: Final[dict[str, type[JoinRecord] | type[StepRecord] | type[EndRecord]]] = {
+    kind.KIND: kind for kind in (JoinRecord, StepRecord, EndRecord)
 }
 
 

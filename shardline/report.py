@@ -1,7 +1,7 @@
 """The words of the launcher: what starts, what is interrupted, what failed and what came out."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from signal import SIGKILL, Signals
 from typing import Final
@@ -11,9 +11,19 @@ from shardline.ledger import Balance
 from shardline.local_plan import Launch
 from shardline.progress import Totals
 from shardline.run_directory import RunDirectory
-from shardline.supervision import SPARE_SECONDS, ProcessId, Supervisor
+from shardline.supervision import SPARE_SECONDS, Exit, ProcessId, Supervisor
 
-_HINTS: Final = {0: " before the workers", -SIGKILL: " (is the machine out of memory?)"}
+_OUT_OF_MEMORY: Final = " (is the machine out of memory?)"
+_NEVER_JOINED: Final = (
+    " and has never joined the job, which its script does with `shardline.connect()` and "
+    "`session.optimizer(...)`,"
+)
+_HINTS: Final = {
+    ("shard", 0): " before the workers",
+    ("worker", 0): _NEVER_JOINED,
+    ("shard", -SIGKILL): _OUT_OF_MEMORY,
+    ("worker", -SIGKILL): _OUT_OF_MEMORY,
+}
 
 
 def opening(launch: Launch, job_id: str, directory: RunDirectory) -> str:
@@ -94,15 +104,30 @@ def ending(
         return ""
     process = failure.process
     log = short(directory.path / f"{process.role}-{process.index}.log")
-    hint = _HINTS.get(failure.code, "")
+    hint = _HINTS.get((process.role, failure.code), "")
     lines = [f"shardline run: {failure}{hint} {after}; its last lines ({log}):"]
     lines += [f"    {line}" for line in last_lines.get(process, ())] or ["    (it wrote nothing)"]
+    return "\n".join([*lines, *_others(supervisor, failure, last_lines)]) + "\n"
+
+
+def _others(
+    supervisor: Supervisor, failure: Exit, last_lines: Mapping[ProcessId, Sequence[str]]
+) -> Iterator[str]:
+    """How other processes have ended by themselves, in a line each; those alike in one."""
+    alike: list[str] = []
+    cause = failure.code, _last_word(last_lines.get(failure.process, ()))
     for other in supervisor.exits.values():
         # A worker that ended with 0 was done; a shard was stopped by somebody.
         unexpected = other.code != 0 or other.process.role == "shard"
-        if other is not failure and unexpected and not other.told:
-            lines.append(f"{other}: {_last_word(last_lines.get(other.process, ()))}")
-    return "\n".join(lines) + "\n"
+        if other is failure or not unexpected or other.told:
+            continue
+        last_word = _last_word(last_lines.get(other.process, ()))
+        if (other.code, last_word) == cause:
+            alike.append(str(other.process))
+        else:
+            yield f"{other}: {last_word}"
+    if alike:
+        yield f"{', '.join(alike)} ended in the same way"
 
 
 def _restarts(supervisor: Supervisor) -> str:

@@ -184,6 +184,7 @@ class Session:
         self._steps.watch(own, self.exchange)
         self._optimizer = self._wrap(optimizer, plan, buckets, spec, max_grad_norm)
         self._attendance.bind(self.exchange, self._optimizer)
+        self._journal.joined()
         if start.position is not None:
             self._attendance.others_are_at(start.position.point)
             _say(f"worker {self.rank} joins a running job at step {start.step}")

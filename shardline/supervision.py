@@ -3,7 +3,10 @@ which signal when. No processes and no clock here.
 
 - All workers end with 0: the shards end by themselves; after a while they are told to.
 - A worker fails or is preempted: it is started again, as far as `Restarts` allows; not if the
-  workers themselves have said that the job has failed.
+  workers themselves have said that the job has failed, nor if its script fails before any worker
+  has taken a step: it would fail again.
+- A worker ends with 0 and has never joined the job: the others would wait for it, so that the run
+  has failed.
 - A shard fails, or a worker once too often: the others get a moment to notice and to say so, then
   they are told to end.
 - The shards end with 0 while a worker is still there (it hung, and the others have finished without
@@ -24,12 +27,14 @@ Role = Literal["shard", "worker"]
 
 WRONG_USAGE: Final = 2
 """A worker that ends with this would do so again."""
+UNREACHABLE: Final = 3
+"""A worker that ends with this may find its shards the next time."""
 
 NOTICE_SECONDS: Final = 5.0
 """How much longer than `reconnect_seconds` the others may take to notice a failure and end."""
 LONELY_SECONDS: Final = 1.0
-"""How long shards may take to end by themselves once all workers are gone after a failure, and a
-worker that the others have finished without."""
+"""How long shards may take to end by themselves once all workers are gone after a failure, a worker
+that the others have finished without, and everything in a job that fails before its first step."""
 SPARE_SECONDS: Final = 3.0
 """How much longer than `drain_seconds`, the time for its open calls, a process may take to end."""
 REAP_SECONDS: Final = 5.0
@@ -132,7 +137,9 @@ class Supervisor:
     num_restarts: int = 0  # after failures
     num_preemptions: int = 0
     interrupted: Signals | None = None
+    joined: set[int] = field(default_factory=set)  # ranks that have ever taken part in the job
     finished: set[int] = field(default_factory=set)  # ranks that have written their last record
+    has_trained: bool = False  # some worker has taken a step
     is_hopeless: bool = False  # the workers have said that the job has failed
     _waiting: dict[ProcessId, _Waiting] = field(default_factory=dict)
     _steps: list[_Step] = field(default_factory=list)
@@ -163,7 +170,7 @@ class Supervisor:
         if self.interrupted is not None:
             return 128 + self.interrupted
         if self.failure is not None:
-            return 3 if self.failure.code == 3 else 1
+            return UNREACHABLE if self.failure.code == UNREACHABLE else 1
         return 0
 
     def interrupt(self, signal: Signals, now: float) -> None:
@@ -192,28 +199,41 @@ class Supervisor:
     def _judge(self, ended: Exit, now: float) -> None:
         """What an exit means while nothing has gone wrong yet."""
         has_finished = ended.process.role == "worker" and ended.process.index in self.finished
-        if ended.code != 0 and not ended.told and not (has_finished and ended.is_preemption):
+        if self._never_joined(ended):
+            self._fail(ended, now)
+        elif ended.code != 0 and not ended.told and not (has_finished and ended.is_preemption):
             self._answer(ended, has_finished, now)
         elif ended.process.role == "shard":
             self._early[ended.process] = now
         elif not self.alive(_WORKERS) and not self._waiting:
             self._drain(now)
 
+    def _never_joined(self, ended: Exit) -> bool:
+        """It has ended well, and the job has not been complete without it."""
+        if ended.code != 0 or ended.told or ended.process.role == "shard":
+            return False
+        return ended.process.index not in self.joined and not self.joined & self.finished
+
+    def _would_fail_again(self, ended: Exit) -> bool:
+        """Rather than a crash, an unreachable shard or a machine that is wanted back."""
+        is_early = not self.has_trained and ended.code not in (UNREACHABLE, PREEMPTED)
+        return ended.code == WRONG_USAGE or self.is_hopeless or (is_early and ended.code > 0)
+
     def _answer(self, ended: Exit, has_finished: bool, now: float) -> None:
         """A process has failed, or a worker was preempted."""
         self.num_preemptions += ended.is_preemption
         if ended.process.role == "shard" or has_finished:
-            self._fail(ended, now, self.notice_seconds)
+            self._fail(ended, now)
         elif self._job_is_complete():
             return
-        elif ended.code == WRONG_USAGE or self.is_hopeless:
-            self._fail(ended, now, self.notice_seconds)
+        elif self._would_fail_again(ended):
+            self._fail(ended, now)
         elif again := self.restarts.ended(ended.process.index, ended.code, now):
             note = f"{ended}: starting it again ({again.why})"
             self._waiting[ended.process] = _Waiting(now + again.delay_seconds, note)
         else:
             self.num_spent_restarts = self.restarts.num_recent(now)
-            self._fail(ended, now, self.notice_seconds)
+            self._fail(ended, now)
 
     def _job_is_complete(self) -> bool:
         """All shards have ended well and some workers have finished, so nobody else is needed."""
@@ -261,21 +281,23 @@ class Supervisor:
     def _begin(self, steps: list[_Step], now: float) -> None:
         self._steps, self._since, self._addressed = steps, now, frozenset()
 
-    def _fail(self, ended: Exit, now: float, wait_seconds: float) -> None:
+    def _fail(self, ended: Exit, since: float) -> None:
+        """The others may take a while to notice and to leave, if there is something to leave."""
         self.failure = ended
         self._waiting.clear()
-        told = f"still there {self.notice_seconds:g} s after {ended}"
-        self._begin([_Step(wait_seconds, SIGTERM, _ALL, told), self._kill()], now)
+        wait, kill = self.notice_seconds, self._kill()
+        if not self.has_trained:
+            wait, kill = LONELY_SECONDS, self._kill(LONELY_SECONDS)
+        told = f"still there {wait:g} s after {ended}"
+        self._begin([_Step(wait, SIGTERM, _ALL, told), kill], since)
 
     def _drain(self, now: float) -> None:
         wait = self.drain_seconds + SPARE_SECONDS
         told = f"did not end within {wait:g} s after the workers"
-        if not self.finished:
-            told += ", of which none has trained (does the script call `shardline.connect()`?)"
         self._begin([_Step(wait, SIGTERM, _SHARDS, told), self._kill()], now)
 
-    def _kill(self) -> _Step:
-        wait = self.drain_seconds + SPARE_SECONDS
+    def _kill(self, wait: float = 0) -> _Step:
+        wait = wait or self.drain_seconds + SPARE_SECONDS
         return _Step(wait, SIGKILL, _ALL, f"did not end within {wait:g} s")
 
     def _unfinished(self) -> list[ProcessId]:
@@ -289,7 +311,7 @@ class Supervisor:
             return
         for process, since in self._early.items():
             if now - since >= self.notice_seconds:
-                return self._fail(self.exits[process], now, 0)
+                return self._fail(self.exits[process], since)
 
     def _dismiss_leftovers(self, now: float) -> None:
         """The others have ended, and so have the shards: nobody needs who is left."""

@@ -87,7 +87,8 @@ def test_what_is_logged_and_reported_is_in_the_file_of_records(
     for rank in range(num_workers):
         own = [line for line in lines if line["rank"] == rank]
         values: dict[str, Any] = {}
-        for line in own[:-1]:
+        assert own[0]["kind"] == "join"
+        for line in own[1:-1]:
             assert line["kind"] == "step"
             values |= line["values"]
         assert values == {"progress": 12 + rank / 2, "bad": "NaN"}

@@ -30,10 +30,15 @@ def record(kind, **more):
         file.write(json.dumps(fields | more) + "\\n")
 
 def step(number=2, **values):
+    record("join")
     record("step", epoch=0, step=number, values=values)
 
 def end(**reported):
+    record("join")
     record("end", steps=2, seconds=1.0, reported=reported)
+
+def all_have_trained():
+    return sum('"step"' in line for line in open(metrics)) >= num_workers
 
 def num_ended():
     return sum('"end"' in line for line in open(metrics))

@@ -8,7 +8,7 @@ import pytest
 
 from ps_core.exchange import Traffic
 from shardline.journal import Journal
-from shardline.records import EndRecord, StepRecord, Tail
+from shardline.records import EndRecord, JoinRecord, StepRecord, Tail
 
 
 @pytest.fixture
@@ -25,6 +25,15 @@ def test_a_step_is_written_with_the_totals_of_its_worker(tmp_path: Path, tail: T
     assert (record.epoch, record.version, record.samples) == (2, 7, 64)
     assert (record.pushed_bytes, record.pulled_bytes) == (10, 20)
     journal.close()
+
+
+def test_that_the_worker_has_joined_is_written(tmp_path: Path, tail: Tail) -> None:
+    journal = Journal(tmp_path, 1, Traffic(), "a1")
+    journal.joined()
+    journal.close()
+    (record,) = tail.read()
+    assert isinstance(record, JoinRecord)
+    assert (record.rank, record.incarnation) == (1, "a1")
 
 
 def test_values_between_two_lines_are_kept_for_the_next(tmp_path: Path, tail: Tail) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import pytest
 
 from shardline.progress import Progress
-from shardline.records import EndRecord, StepRecord
+from shardline.records import EndRecord, JoinRecord, StepRecord
 
 
 def step(
@@ -49,6 +49,18 @@ def test_before_the_first_record_there_is_nothing_to_show() -> None:
     assert [worker.rank for worker in view.workers] == [0, 1]
     assert (view.step, view.epoch, view.samples, view.samples_per_second) == (0, 0, 0, 0.0)
     assert view.values == {}
+
+
+def test_who_has_joined_and_whether_any_has_trained_stay_known_after_a_restart() -> None:
+    progress = Progress(2, 2)
+    assert (progress.joined, progress.has_trained) == (set(), False)
+    progress.add([JoinRecord(1.0, 1, "a")])
+    assert (progress.joined, progress.has_trained) == ({1}, False)
+    progress.add([step(1, 2.0, 1, 32)])
+    assert progress.has_trained
+    progress.restarted(1)
+    assert (progress.joined, progress.has_trained) == ({1}, True)
+    assert progress.finished == set()
 
 
 def test_workers_are_added_up_and_their_latest_values_averaged() -> None:

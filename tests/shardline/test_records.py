@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardline.records import EndRecord, Record, StepRecord, Tail, jsonable, parse
+from shardline.records import EndRecord, JoinRecord, Record, StepRecord, Tail, jsonable, parse
 
 STEP = StepRecord(
     time=1.5,
@@ -50,7 +50,7 @@ def test_a_record_is_one_line_of_json() -> None:
     }
 
 
-@pytest.mark.parametrize("record", [STEP, END])
+@pytest.mark.parametrize("record", [JoinRecord(1.0, 1, "a1"), STEP, END])
 def test_a_line_is_read_back_as_the_record(record: Record) -> None:
     assert parse(record.line()) == record
 

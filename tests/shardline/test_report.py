@@ -26,7 +26,10 @@ def ending(run: Supervisor, last_lines: dict[ProcessId, list[str]] | None = None
 
 
 def supervisor(max_restarts: int = 0) -> Supervisor:
-    return Supervisor([S0, W0, W1], 1.0, Restarts(max_restarts, window_seconds=300))
+    """Of a job that trains."""
+    run = Supervisor([S0, W0, W1], 1.0, Restarts(max_restarts, window_seconds=300))
+    run.joined, run.has_trained = {0, 1}, True
+    return run
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,30 @@ def test_the_end_of_a_run_names_who_failed_and_its_last_lines() -> None:
         "    one\n"
         "    two\n"
         "worker 0 ended with exit code 3: lost it\n"
+    )
+
+
+def test_those_that_failed_alike_are_named_in_one_line() -> None:
+    run = supervisor()
+    for process in (W1, W0, S0):
+        run.exited(process, 1, 0)
+    lines = {W1: ["a", "NameError: x"], W0: ["NameError: x", ""], S0: ["no workers"]}
+    assert ending(run, lines).splitlines()[1:] == [
+        "    a",
+        "    NameError: x",
+        "shard 0 ended with exit code 1: no workers",
+        "worker 0 ended in the same way",
+    ]
+
+
+def test_the_end_of_a_run_says_who_has_never_joined_and_how_it_would() -> None:
+    run = supervisor()
+    run.joined = {0}
+    run.exited(W1, 0, 0)
+    assert ending(run, {W1: ["hi"]}) == (
+        "shardline run: worker 1 ended with exit code 0 and has never joined the job, which its "
+        "script does with `shardline.connect()` and `session.optimizer(...)`, after 12.3 s; its "
+        "last lines (run/worker-1.log):\n    hi\n"
     )
 
 

@@ -22,8 +22,20 @@ DRAIN = 2.0
 KILL = DRAIN + SPARE_SECONDS  # after a word
 
 
-def supervisor(max_restarts: int = 0, *more: ProcessId) -> Supervisor:
-    return Supervisor([S0, W0, W1, *more], DRAIN, Restarts(max_restarts, window_seconds=300))
+def supervisor(
+    max_restarts: int = 0, *more: ProcessId, reconnect_seconds: float = 0.0
+) -> Supervisor:
+    """Of a job that trains."""
+    run = before_training(max_restarts, *more, reconnect_seconds=reconnect_seconds)
+    run.joined, run.has_trained = {0, 1, 2}, True
+    return run
+
+
+def before_training(
+    max_restarts: int = 0, *more: ProcessId, reconnect_seconds: float = 0.0
+) -> Supervisor:
+    restarts = Restarts(max_restarts, window_seconds=300)
+    return Supervisor([S0, W0, W1, *more], DRAIN, restarts, reconnect_seconds)
 
 
 def sent(run: Supervisor, now: float) -> list[tuple[Signals, tuple[ProcessId, ...]]]:
@@ -94,7 +106,7 @@ def test_shards_without_any_worker_left_are_not_waited_for() -> None:
 
 
 def test_the_moment_to_notice_begins_when_nobody_can_reconnect_any_more() -> None:
-    run = Supervisor([S0, W0, W1], DRAIN, Restarts(0, 300), reconnect_seconds=4.0)
+    run = supervisor(reconnect_seconds=4.0)
     run.exited(W0, 1, 0)
     assert sent(run, 4 + NOTICE_SECONDS - 0.1) == []
     assert sent(run, 4 + NOTICE_SECONDS) == [(SIGTERM, (S0, W1))]
@@ -298,6 +310,55 @@ def test_a_worker_that_is_preempted_when_it_has_finished_has_finished() -> None:
     run.exited(W1, 0, 0)
     assert sent(run, DRAIN + SPARE_SECONDS) == [(SIGTERM, (S0,))]
     assert (run.failure, run.num_preemptions) == (None, 0)
+
+
+# A job that has not taken a step
+
+
+@pytest.mark.parametrize("joined", [set(), {0, 1}])
+def test_a_script_that_fails_before_the_first_step_ends_the_run_at_once(joined: set[int]) -> None:
+    run = before_training(3)
+    run.joined = joined
+    run.exited(W1, 1, 0)
+    assert run.failure == run.exits[W1]
+    assert sent(run, LONELY_SECONDS) == [(SIGTERM, (S0, W0))]
+    assert sent(run, 2 * LONELY_SECONDS) == [(SIGKILL, (S0, W0))]
+    assert (run.num_restarts, run.exit_code()) == (0, 1)
+
+
+@pytest.mark.parametrize("code", [3, PREEMPTED, -SIGKILL])
+def test_a_worker_that_failed_for_a_reason_outside_its_script_starts_again(code: int) -> None:
+    run = before_training(3)
+    run.exited(W1, code, 0)
+    assert [start.process for start in started(run, 2)] == [W1]
+
+
+def test_a_worker_whose_next_process_fails_early_is_one_of_a_job_that_trains() -> None:
+    run = supervisor(3)
+    run.joined = {0, 1}
+    for now in (0.0, 10.0):
+        run.exited(W1, 1, now)
+        assert [start.process for start in started(run, now + 5)] == [W1]
+
+
+@pytest.mark.parametrize("joined", [set(), {0}])
+def test_a_worker_that_ends_without_having_joined_is_no_success(joined: set[int]) -> None:
+    run = before_training(3)
+    run.joined = joined
+    run.finished = {1}  # its session has ended well
+    run.exited(W1, 0, 0)
+    assert run.failure == run.exits[W1]
+    assert sent(run, LONELY_SECONDS) == [(SIGTERM, (S0, W0))]
+    assert run.exit_code() == 1
+
+
+def test_a_worker_that_comes_when_the_job_is_complete_has_not_failed() -> None:
+    run = supervisor(3)
+    run.joined = run.finished = {0}
+    run.exited(W0, 0, 0)
+    run.exited(W1, 0, 0)
+    run.exited(S0, 0, 0)
+    assert run.exit_code() == 0
 
 
 # Workers that the others have finished without
