@@ -52,8 +52,9 @@ EXPOSE 7000 9400
 USER 65532:65532
 WORKDIR /runs
 # Of a shard; a worker takes no calls, and is started without (docker run --no-healthcheck).
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-m", "ps_server.probe"]
-CMD ["python", "-m", "ps_server"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-P", "-m", "ps_server.probe"]
+# With -P nothing is imported from the working directory, which workers write to.
+CMD ["python", "-P", "-m", "ps_server"]
 
 FROM runtime AS cpu
 COPY --from=build-cpu /opt/shardline /opt/shardline

@@ -143,6 +143,7 @@ def _stop_on_signals(node: Node) -> asyncio.Event:
         told.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a script
+        loop.add_signal_handler(signal.SIGINT, stop)
     return told

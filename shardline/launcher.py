@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from allreduce.store import Keeper
 
 _POLL_SECONDS: Final = 0.05
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_OF_A_TERMINAL: Final = (signal.SIGINT, signal.SIGHUP)
+_SIGNALS: Final = (*_OF_A_TERMINAL, signal.SIGTERM)
 _NOTEWORTHY: Final = re.compile(r"\b(WARNING|ERROR|CRITICAL|Traceback)\b|(Error|Exception): ")
 
 
@@ -64,16 +65,20 @@ def _num_cpus() -> int:
 
 @contextlib.contextmanager
 def _signals_into(received: list[signal.Signals]) -> Iterator[None]:
-    """Collect the signals that end a run, instead of dying of them."""
+    """Collect the signals that end a run, instead of dying of them.
+
+    Those of a terminal stay ignored under nohup and in the background of a script. SIGCHLD must not
+    be ignored: the kernel would keep exit codes to itself.
+    """
 
     def collect(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*_SIGNALS, signal.SIGCHLD)}
     for number in _SIGNALS:
-        # Under nohup a hangup stays ignored.
-        if number is not signal.SIGHUP or before[number] is not signal.SIG_IGN:
+        if number not in _OF_A_TERMINAL or before[number] is not signal.SIG_IGN:
             signal.signal(number, collect)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
     finally:

@@ -12,7 +12,8 @@ from shardline.processes import ProcessSpec
 from shardline.supervision import ProcessId
 
 _HOST: Final = "127.0.0.1"
-_SHARD_COMMAND: Final = (sys.executable, "-u", "-m", "ps_server")
+_SHARD_COMMAND: Final = (sys.executable, "-u", "-P", "-m", "ps_server")
+"""With -P nothing is imported from the working directory, which is the script's."""
 
 
 @dataclass(frozen=True, slots=True)

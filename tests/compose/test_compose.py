@@ -40,6 +40,15 @@ def configured(service: str) -> Config:
     return load(environ=image_environment() | SERVICES[service]["environment"])
 
 
+def test_shards_import_nothing_from_a_folder_that_workers_write_to() -> None:
+    command = ["python", "-P", "-m", "ps_server"]
+    assert SHARDS
+    for service in SHARDS:
+        assert SERVICES[service]["command"] == command
+    for program in ("ps_server", "ps_server.probe"):
+        assert f"CMD {json.dumps([*command[:-1], program])}" in DOCKERFILE
+
+
 def test_it_is_what_the_specification_says() -> None:
     schema = json.loads((Path(__file__).parent / "compose-spec.json").read_text("utf-8"))
     jsonschema.validate(COMPOSE, schema, jsonschema.Draft201909Validator)

@@ -19,7 +19,7 @@ from tests.manifests.rendered import rendered
 from tests.manifests.schemas import problems
 
 LABELS = {f"app.kubernetes.io/{name}" for name in ("name", "component", "part-of")}
-SHARD = ("python", "-m", "ps_server")
+SHARD = ("python", "-P", "-m", "ps_server")
 WORKER = ("python", "/examples/digits.py")
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - in a container
 HASHED = re.compile(r"shardline-[0-9a-z]{10}")

@@ -102,8 +102,10 @@ def launch(
     after: tuple[str, ...] = (),
     stdout: int = subprocess.PIPE,
     reconnect_seconds: float = 0,
+    ignored: str = "",
 ) -> Iterator[Launched]:
-    """Run the bodies `worker` and `shard`; `arguments` are the launcher's, `after` the script's.
+    """Run the bodies `worker` and `shard`; `arguments` are the launcher's, `after` the script's. It
+    starts with the signals `ignored`.
 
     Modules in `folder` come before all others.
     """
@@ -121,6 +123,7 @@ def launch(
         | {
             "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
             "SHARDLINE_RPC_RECONNECT_SECONDS": str(reconnect_seconds),
+            "IGNORED_SIGNALS": ignored,
         },
         stdout=stdout,
         stderr=subprocess.PIPE,

@@ -420,6 +420,20 @@ def test_other_signals_end_a_run_as_ctrl_c_does(
         assert run.end()[0] == code
 
 
+def test_signals_of_a_terminal_stay_ignored_and_ignored_children_are_still_seen(
+    tmp_path: Path,
+) -> None:
+    worker = READY + "wait_for(lambda: marked('go')); end()"
+    with launch(tmp_path, worker, ignored="SIGHUP SIGINT SIGCHLD") as run:
+        ready(run, "worker-0", "worker-1")
+        interrupt(run, signal.SIGHUP)
+        interrupt(run, signal.SIGINT)
+        (run.run_dir / "go").touch()
+        code, out, err = run.end()
+    assert (code, err) == (0, "")
+    assert "ending the run" not in out
+
+
 def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     worker = deaf + READY + WAITING

@@ -1,8 +1,10 @@
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ps_core import __version__
 from ps_core.config import load
 from ps_core.settings import ClusterConfig, Config, MetricsConfig
 from shardline.local_plan import Launch, plan
@@ -86,6 +88,14 @@ def test_variables_of_the_launcher_itself_are_not_passed_on(
     spec = planned(Config())["worker 0"]
     assert loaded(spec).cluster.rank == 0
     assert spec.environment["PATH_OF_THE_USER"] == "kept"
+
+
+def test_shards_do_not_import_from_the_folder_that_they_are_started_in(tmp_path: Path) -> None:
+    for name in ("grpc", "queue", "random", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')")
+    command = [*Launch(Path("x.py"), (), 1, Config()).shard_command, "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{__version__}\n"), done.stderr
 
 
 def test_a_job_is_called_as_configured_or_else_like_the_script() -> None:
