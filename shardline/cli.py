@@ -23,6 +23,7 @@ from rich.live import Live
 from ps_core import __version__, config
 from ps_core.errors import ConfigError, ShardlineError
 from ps_core.settings import Config
+from shardline.program import Program
 
 if TYPE_CHECKING:
     from shardline import status
@@ -75,6 +76,7 @@ _RUN_EXAMPLES: Final = """\
 examples:
   shardline run train.py                                  two workers, one shard
   shardline run --workers 4 --shards 2 train.py --lr 0.1  what follows train.py is its own
+  shardline run -m package.train --lr 0.1                 a module, as in `python -m`
   shardline run --workers 2:6 train.py                    two, and up to four more by hand
   shardline run --deterministic --seed 7 train.py         runs that repeat exactly
   python train.py                                         alone, without any shard
@@ -110,6 +112,7 @@ _WORKER_EXAMPLES: Final = """\
 examples:
   shardline worker --join 127.0.0.1:7000 train.py
   shardline worker --join 127.0.0.1:7000 --threads 2 --device cpu train.py --lr 0.1
+  shardline worker --join 127.0.0.1:7000 -m package.train
   shardline worker --rendezvous 127.0.0.1:29500 train.py
   shardline worker --insecure --join 10.0.0.4:7000,10.0.0.5:7000 train.py
 
@@ -130,6 +133,7 @@ examples:
 It ends with 0 when all shards have answered, 2 when it was used wrongly, and 3 when one could not
 be reached. The addresses of a run's shards are in cluster.json in its run directory.
 """
+_MODULE_HELP: Final = "SCRIPT is a module, such as package.train, as in `python -m`"
 _WORKERS_HELP: Final = "processes that run SCRIPT; up to MAX, with those that join by hand [2]"
 _RENDEZVOUS: Final = "cluster.rendezvous"
 _MEET_HELP: Final = "without shards: where workers meet [SHARDLINE_CLUSTER_RENDEZVOUS]"
@@ -232,7 +236,8 @@ def _add_worker(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 
 def _add_script(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("script", metavar="SCRIPT", type=Path, help="the training script")
+    parser.add_argument("-m", "--module", action="store_true", help=_MODULE_HELP)
+    parser.add_argument("script", metavar="SCRIPT", help="the training script")
     parser.add_argument(
         "arguments", metavar="ARG", nargs=argparse.REMAINDER, help="goes to SCRIPT untouched"
     )
@@ -294,6 +299,10 @@ def _load(arguments: argparse.Namespace) -> Config:
     return config.load(config.overrides(arguments), file=arguments.config)
 
 
+def _program(arguments: argparse.Namespace) -> Program:
+    return Program(arguments.script, tuple(arguments.arguments), arguments.module)
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from shardline import launcher  # each command loads only what it needs
     from shardline.display import screen_for
@@ -307,8 +316,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError("strategy allreduce has no shards: leave out --shards")
     return launcher.run(
         Launch(
-            script=arguments.script,
-            arguments=tuple(arguments.arguments),
+            _program(arguments),
             num_shards=(arguments.shards or settings.pipeline.stages) if uses_shards else 0,
             config=settings,
         ),
@@ -325,7 +333,7 @@ def _worker(arguments: argparse.Namespace) -> int:
             "which job? Give the address of its shard 0, --join HOST:PORT, or where its workers "
             "meet, --rendezvous HOST:PORT"
         )
-    joining.join(settings, arguments.script, arguments.arguments)
+    joining.join(settings, _program(arguments))
 
 
 def _status(arguments: argparse.Namespace) -> int:

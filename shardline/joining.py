@@ -11,28 +11,28 @@ from ps_core.errors import ConfigError, JobFailedError, MismatchError, Shardline
 from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
 from ps_worker import client
+from shardline.program import Program
 
 _SHARDS: Final = f"{PREFIX}CLUSTER_SHARDS"
 _RANK: Final = f"{PREFIX}CLUSTER_RANK"
 _RUN_DIR: Final = f"{PREFIX}JOB_RUN_DIR"
 
 
-def join(config: Config, script: Path, arguments: Sequence[str]) -> NoReturn:
-    """Become a worker that runs `script`, in the job whose workers meet at `cluster.rendezvous`, or
-    else whose lead is the first of `cluster.shards`.
+def join(config: Config, program: Program) -> NoReturn:
+    """Become a worker that runs `program`, in the job whose workers meet at `cluster.rendezvous`,
+    or else whose lead is the first of `cluster.shards`.
 
     Raises ShardUnreachableError, MismatchError when there is no room, and all that `environment`
     raises.
     """
-    if not script.is_file():
-        raise ConfigError(f"there is no script {script}")
+    program.check()
     check_addresses(config)
     job, rank = _place_among_workers(config) if config.cluster.rendezvous else _place(config)
     variables = inherited_environment() | job | {_RANK: str(rank)}
     if not Path(variables.get(_RUN_DIR, ".")).is_dir():  # it is on the machine of the others
         del variables[_RUN_DIR]
     sys.stderr.write(f"shardline: joining the job as worker {variables[_RANK]}\n")
-    command = (sys.executable, "-u", str(script), *arguments)
+    command = (sys.executable, "-u", *program.command)
     os.execve(sys.executable, command, variables)  # noqa: S606  # a shell would only be in the way
 
 

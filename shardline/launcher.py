@@ -43,9 +43,8 @@ def run(launch: Launch, screen: Screen) -> int:
     Must be called on the main thread. ShardlineError when nothing could be started; what fails
     later is told on the screen and on standard error.
     """
-    if not launch.script.is_file():
-        raise ConfigError(f"there is no script {launch.script}")
-    directory = run_directory.create(launch.config.job.run_dir, launch.script, time.time())
+    launch.program.check()
+    directory = run_directory.create(launch.config.job.run_dir, launch.program.name, time.time())
     ports = free_ports(2 * launch.num_shards + launch.num_workers + 1)
     rendezvous_port = ports.pop()
     if launch.needs_rendezvous:

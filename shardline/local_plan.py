@@ -9,6 +9,7 @@ from typing import Final
 from ps_core.config import PREFIX, inherited_environment, to_environment, validate
 from ps_core.settings import Config, JobConfig
 from shardline.processes import ProcessSpec
+from shardline.program import Program
 from shardline.supervision import ProcessId
 
 _HOST: Final = "127.0.0.1"
@@ -20,16 +21,10 @@ _SHARD_COMMAND: Final = (sys.executable, "-u", "-P", "-m", "ps_server")
 class Launch:
     """What to run; `config` is what all processes have in common, the number of workers too."""
 
-    script: Path
-    arguments: tuple[str, ...]
+    program: Program
     num_shards: int
     config: Config
     shard_command: tuple[str, ...] = _SHARD_COMMAND
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        """The script with its arguments."""
-        return (str(self.script), *self.arguments)
 
     @property
     def strategy(self) -> str:
@@ -53,9 +48,9 @@ class Launch:
 
     @property
     def job_name(self) -> str:
-        """The name in the configuration, or else the script's."""
+        """The name in the configuration, or else the program's."""
         given = self.config.job.id
-        return self.script.stem if given == JobConfig().id else given
+        return self.program.name if given == JobConfig().id else given
 
 
 def with_rendezvous(launch: Launch, port: int) -> Launch:
@@ -115,7 +110,7 @@ def _of_process(config: Config, process: ProcessId, metrics_port: int, num_cpus:
 def _spec(launch: Launch, config: Config, process: ProcessId) -> ProcessSpec:
     validate(config)
     metrics, is_shard = config.metrics, process.role == "shard"
-    worker_command = (sys.executable, "-u", *launch.command)
+    worker_command = (sys.executable, "-u", *launch.program.command)
     return ProcessSpec(
         process,
         launch.shard_command if is_shard else worker_command,

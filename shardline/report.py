@@ -41,7 +41,7 @@ def invitation(launch: Launch, lead: str | None) -> str:
     if launch.num_ranks == launch.num_workers or launch.config.pipeline.stages > 1:
         return ""
     place = ["--join", lead] if lead else ["--rendezvous", launch.config.cluster.rendezvous]
-    command = shlex.join(["shardline", "worker", *place, *launch.command])
+    command = shlex.join(["shardline", "worker", *place, *launch.program.command])
     return f"to add a worker: {command}"
 
 

@@ -76,13 +76,13 @@ class RunDirectory:
         return found[-1] if found else None
 
 
-def create(given: str, script: Path, now: float) -> RunDirectory:
-    """Make the folder `given`, or one in `runs/` named after the UTC time `now` and the script.
+def create(given: str, name: str, now: float) -> RunDirectory:
+    """Make the folder `given`, or one in `runs/` named after the UTC time `now` and the program.
 
     ConfigError when it cannot be written to, or holds a run already.
     """
     try:
-        path = Path(given).absolute() if given else _fresh(f"{_stamp(now)}-{script.stem}")
+        path = Path(given).absolute() if given else _fresh(f"{_stamp(now)}-{name}")
         path.mkdir(parents=True, exist_ok=True)
         if taken := [name for name in _FILES if (path / name).exists()]:
             raise ConfigError(f"--run-dir {path} holds an earlier run ({taken[0]}): choose another")

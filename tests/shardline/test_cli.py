@@ -15,6 +15,7 @@ from shardline import cli, launcher, status
 from shardline.display import Screen
 from shardline.local_plan import Launch
 from shardline.ports import free_ports
+from shardline.program import Program
 from tests.shardline.stand_ins import environment
 
 
@@ -49,8 +50,14 @@ def test_a_run_has_two_workers_and_one_shard_unless_told_otherwise(launches: lis
     assert cli.main(["run", "train.py"]) == 7
     [launch] = launches
     assert (launch.num_workers, launch.num_shards) == (2, 1)
-    assert launch.script == Path("train.py")
-    assert launch.arguments == ()
+    assert launch.program == Program("train.py")
+
+
+def test_a_module_takes_the_place_of_the_script(launches: list[Launch]) -> None:
+    cli.main(["run", "--workers", "3", "-m", "package.train", "-m", "--shards", "4"])
+    [launch] = launches
+    assert (launch.num_workers, launch.num_shards, launch.job_name) == (3, 1, "train")
+    assert launch.program == Program("package.train", ("-m", "--shards", "4"), is_module=True)
 
 
 def test_options_before_the_script_are_ours_and_all_after_it_are_its_own(
@@ -60,7 +67,7 @@ def test_options_before_the_script_are_ours_and_all_after_it_are_its_own(
     cli.main(["run", "--workers", "3", "--shards", "2", "--seed", "5", "train.py", *own])
     [launch] = launches
     assert (launch.num_workers, launch.num_shards, launch.config.job.seed) == (3, 2, 5)
-    assert launch.arguments == tuple(own)
+    assert launch.program == Program("train.py", tuple(own))
 
 
 @pytest.mark.parametrize(
@@ -161,6 +168,7 @@ def test_wrong_usage_ends_with_2_and_one_line_that_helps(
     [
         (["run", "none.py"], "there is no script none.py"),
         (["run", "."], "there is no script ."),
+        (["run", "-m", "train.py"], "there is no module train.py"),
         (["run", "--run-dir", "/dev/full", "train.py"], "cannot write to the run directory"),
         (["run", "--mode", "magic", "train.py"], "consistency.mode = 'magic'"),
         (["run", "--part-bytes", "100", "train.py"], "exchange.part_bytes"),

@@ -173,6 +173,13 @@ def test_the_command_becomes_the_worker(tmp_path: Path) -> None:
     assert process.returncode == 75
 
 
+def test_the_command_becomes_a_worker_that_runs_a_module(tmp_path: Path) -> None:
+    process = joined(tmp_path, "--join", LEAD, "-m", "train", "-m", run_dir=tmp_path)
+    out, _ = process.communicate(timeout=60)
+    assert f"{process.pid} ['-m']" in out.splitlines()
+    assert process.returncode == 75
+
+
 def test_a_run_directory_that_is_on_another_machine_is_not_used(tmp_path: Path) -> None:
     process = joined(tmp_path, "--join", LEAD, "train.py", run_dir=tmp_path / "elsewhere")
     out, _ = process.communicate(timeout=60)

@@ -540,11 +540,11 @@ def read_all(terminal: int) -> str:
 TRAINING_SCRIPT = """
 import torch
 import shardline
+from .data import data
 
 with shardline.connect() as session:
     model = torch.nn.Linear(64, 8)
     optimizer = session.optimizer(torch.optim.SGD(model.parameters(), lr=0.01), model)
-    data = torch.utils.data.TensorDataset(torch.ones(32, 64), torch.ones(32, 8))
     loader = session.loader(data, batch_size=4)
     for _ in session.epochs(2):
         for inputs, targets in loader:
@@ -557,11 +557,19 @@ with shardline.connect() as session:
 """
 
 
-def test_real_workers_train_on_real_shards(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(TRAINING_SCRIPT)
+DATA = """
+import torch
+
+data = torch.utils.data.TensorDataset(torch.ones(32, 64), torch.ones(32, 8))
+"""
+
+
+def test_real_workers_that_run_a_module_train_on_real_shards(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    for name, text in {"train": TRAINING_SCRIPT, "data": DATA}.items():
+        (tmp_path / "package" / f"{name}.py").write_text(text)
     flags = ["--shards", "2", "--part-bytes", "512"]  # so that each shard has some
-    command = [sys.executable, "-m", "shardline", "run", *flags, str(script)]
+    command = [sys.executable, "-m", "shardline", "run", *flags, "-m", "package.train"]
     done = subprocess.run(
         command,
         cwd=tmp_path,

@@ -9,13 +9,14 @@ from ps_core.config import load
 from ps_core.settings import ClusterConfig, Config, MetricsConfig
 from shardline.local_plan import Launch, plan
 from shardline.processes import ProcessSpec
+from shardline.program import Program
 
 PORTS = (7000, 7001, 9000, 9001, 9002, 9003, 9004)
 
 
 def planned(config: Config, num_cpus: int = 8) -> dict[str, ProcessSpec]:
     config = replace(config, cluster=replace(config.cluster, num_workers=3))
-    launch = Launch(Path("train.py"), ("--lr", "1"), num_shards=2, config=config)
+    launch = Launch(Program("train.py", ("--lr", "1")), num_shards=2, config=config)
     specs = plan(launch, "train-abc", Path("/runs/x"), PORTS, num_cpus)
     return {str(spec.id): spec for spec in specs}
 
@@ -93,13 +94,13 @@ def test_variables_of_the_launcher_itself_are_not_passed_on(
 def test_shards_do_not_import_from_the_folder_that_they_are_started_in(tmp_path: Path) -> None:
     for name in ("grpc", "queue", "random", "torch"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')")
-    command = [*Launch(Path("x.py"), (), 1, Config()).shard_command, "--version"]
+    command = [*Launch(Program("x.py"), 1, Config()).shard_command, "--version"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"{__version__}\n"), done.stderr
 
 
 def test_a_job_is_called_as_configured_or_else_like_the_script() -> None:
-    launch = Launch(Path("a/train.py"), (), 1, Config())
+    launch = Launch(Program("a/train.py"), 1, Config())
     assert launch.job_name == "train"
     named = load({"job.id": "mine"}, environ={})
     assert replace(launch, config=named).job_name == "mine"

@@ -7,6 +7,7 @@ from ps_core.settings import ClusterConfig, Config
 from shardline import report
 from shardline.ledger import Balance
 from shardline.local_plan import Launch
+from shardline.program import Program
 from shardline.progress import Totals
 from shardline.restarts import Restarts
 from shardline.run_directory import RunDirectory
@@ -38,7 +39,7 @@ def supervisor(max_restarts: int = 0) -> Supervisor:
 )
 def test_the_opening_says_how_many_take_part(max_workers: int, words: str) -> None:
     config = Config(cluster=ClusterConfig(num_workers=2, max_workers=max_workers))
-    launch = Launch(Path("x.py"), (), 1, config)
+    launch = Launch(Program("x.py"), 1, config)
     opening = report.opening(launch, "x-1", RunDirectory(Path.cwd() / "runs" / "x"))
     assert opening.startswith(f"x-1: {words}")
     assert opening.endswith("logs and results in runs/x")
@@ -46,7 +47,7 @@ def test_the_opening_says_how_many_take_part(max_workers: int, words: str) -> No
 
 def test_others_are_told_how_to_join_if_there_is_room() -> None:
     full, roomy = (
-        Launch(Path("x.py"), ("--name", "a b"), 1, Config(cluster=ClusterConfig((), 2, most)))
+        Launch(Program("x.py", ("--name", "a b")), 1, Config(cluster=ClusterConfig((), 2, most)))
         for most in (2, 6)
     )
     assert report.invitation(full, "127.0.0.1:7000") == ""

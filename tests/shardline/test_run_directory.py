@@ -13,11 +13,12 @@ from shardline import run_directory
 from shardline.ledger import Balance
 from shardline.local_plan import Launch
 from shardline.processes import ProcessSpec
+from shardline.program import Program
 from shardline.progress import Totals
 from shardline.run_directory import Outcome, RunDirectory, Running
 from shardline.supervision import ProcessId
 
-SCRIPT = Path("somewhere/digits.py")
+NAME = "digits"
 NOW = 1795251662.7  # 2026-11-21 09:01:02.7 UTC
 
 
@@ -27,22 +28,22 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_new_folder_is_named_after_time_and_script(tmp_path: Path) -> None:
-    made = run_directory.create("", SCRIPT, NOW)
+    made = run_directory.create("", NAME, NOW)
     assert made.path == tmp_path / "runs" / "20261121T090102Z-digits"
     assert made.metrics.read_bytes() == b""
 
 
 def test_runs_that_start_in_the_same_second_get_different_folders() -> None:
-    names = {run_directory.create("", SCRIPT, NOW).path.name for _ in range(3)}
+    names = {run_directory.create("", NAME, NOW).path.name for _ in range(3)}
     first = "20261121T090102Z-digits"
     assert names == {first, f"{first}-2", f"{first}-3"}
 
 
 def test_a_given_folder_is_made_with_its_parents_or_used_as_it_is(tmp_path: Path) -> None:
-    assert run_directory.create("a/b", SCRIPT, NOW).path == tmp_path / "a" / "b"
+    assert run_directory.create("a/b", NAME, NOW).path == tmp_path / "a" / "b"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")
-    assert run_directory.create("mine", SCRIPT, NOW).path == tmp_path / "mine"
+    assert run_directory.create("mine", NAME, NOW).path == tmp_path / "mine"
     assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
 
 
@@ -51,7 +52,7 @@ def test_a_folder_with_an_earlier_run_is_refused_and_left_alone(tmp_path: Path, 
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / name).write_text("old")
     with pytest.raises(ConfigError, match=f"holds an earlier run .{name}.: choose another"):
-        run_directory.create("old", SCRIPT, NOW)
+        run_directory.create("old", NAME, NOW)
     assert [(each.name, each.read_text()) for each in (tmp_path / "old").iterdir()] == [
         (name, "old")
     ]
@@ -61,14 +62,14 @@ def test_a_folder_with_an_earlier_run_is_refused_and_left_alone(tmp_path: Path, 
 def test_what_cannot_be_a_folder_is_refused(tmp_path: Path, given: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=f"cannot write to the run directory .*{given}"):
-        run_directory.create(given, SCRIPT, NOW)
+        run_directory.create(given, NAME, NOW)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(ConfigError, match="Permission denied"):
-        run_directory.create("locked", SCRIPT, NOW)
+        run_directory.create("locked", NAME, NOW)
 
 
 def test_json_is_put_in_place_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_cluster_json_says_who_takes_part() -> None:
 
 
 def test_summary_json_says_what_was_done_and_with_what() -> None:
-    launch = Launch(SCRIPT, (), 2, Config(cluster=ClusterConfig(num_workers=4)))
+    launch = Launch(Program(NAME), 2, Config(cluster=ClusterConfig(num_workers=4)))
     totals = Totals(12, 12, 384, 1000.5, 10, 20, {"accuracy": 0.98}, {"loss": 0.1})
     balance = Balance(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
     document = run_directory.summary(launch, totals, balance, Outcome(12.3456, 1, 11, 12))
