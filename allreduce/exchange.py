@@ -349,7 +349,7 @@ class AllReduceExchange:
                 if arrival.purpose is not Purpose.CLOSE:
                     raise
                 # A worker was lost on the way to the last meeting, and the others have held it.
-                return Meeting(agreed.version, (), self._joined.is_first)
+                return Meeting(agreed.version, (), self._joined.is_first, is_past=True)
             if table.meeting() is None:
                 continue
             grant = agreed.passes.more() if agreed.goes_on and arrival.takes_leases else None

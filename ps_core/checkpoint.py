@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -33,16 +34,25 @@ _DTYPES: Final = {
     torch.bool: "BOOL",
 }
 
+SIGN_BYTES: Final = 2**28
+"""What is written between two signs of life, and between two syncs of the file."""
 
-def write_model(model: torch.nn.Module, path: Path) -> None:
-    """Write the model's parameters and persistent buffers under their own names.
+
+def write_model(
+    model: torch.nn.Module,
+    path: Path,
+    sign: Callable[[], object] | None = None,
+    more: Mapping[str, str] = {},
+) -> None:
+    """Write the model's parameters and persistent buffers under their own names, with `more` in the
+    metadata. See `with_signs` for `sign`.
 
     Weights that several names share are written once; the header's metadata says `tied.<name>` =
     the name they are under. `safetensors.torch.load_model(model, path)` reads the file back.
     """
     tensors, metadata = distinct_tensors(model)
     whole = (tensor.detach().cpu().contiguous() for tensor in tensors.values())
-    write_tensors(path, tensors, whole, metadata)
+    write_tensors(path, tensors, with_signs(whole, sign), {**metadata, **more})
 
 
 def distinct_tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -59,6 +69,21 @@ def distinct_tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], d
     return tensors, metadata
 
 
+def with_signs(
+    tensors: Iterable[torch.Tensor], sign: Callable[[], object] | None
+) -> Iterator[torch.Tensor]:
+    """The tensors, with a call of `sign` whenever so many have been taken that others who wait for
+    the file might give the writer up.
+    """
+    num_bytes = 0
+    for tensor in tensors:
+        yield tensor
+        num_bytes += tensor.nbytes
+        if sign is not None and num_bytes >= SIGN_BYTES:
+            num_bytes = 0
+            sign()
+
+
 def write_tensors(
     path: Path,
     like: Mapping[str, torch.Tensor],
@@ -68,17 +93,29 @@ def write_tensors(
     """Write contiguous `tensors` of the host one after the other, under the names of `like`, which
     has their types and shapes. None of them is needed any more once the next is asked for.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    unsynced_bytes = 0
     try:
         with temporary.open("wb") as file:
             file.write(_header(like, metadata))
             for tensor in tensors:
                 file.write(bytes_of(tensor))
+                unsynced_bytes += tensor.nbytes
+                if unsynced_bytes >= SIGN_BYTES:  # no sync takes long
+                    unsynced_bytes = 0
+                    file.flush()
+                    os.fsync(file.fileno())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync(path.parent)
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what writers of `path` have left that died of it. Call it when none is at work."""
+    for temporary in path.parent.glob(f".{path.name}.*"):
         temporary.unlink(missing_ok=True)
 
 

@@ -74,6 +74,12 @@ class NonFiniteError(ShardlineError):
     """A gradient or loss holds NaN or infinity."""
 
 
+class ResultError(ShardlineError):
+    """What training has come to cannot be kept."""
+
+    exit_code = 2
+
+
 class Preempted(SystemExit):
     """This process was told to end (SIGTERM) and leaves the job well, between two steps.
 

@@ -76,6 +76,8 @@ class ParameterServerExchange:
         self._sent: dict[int, list[tuple[int | None, shard_pb2.ExchangeRequest | Frame]]] = {}
         """Shard → the messages of the open step: its begin, then pushes with the part's index."""
         self._chosen = False
+        self._extras_are_final = False
+        """Training is complete, and the lead has what the chosen worker has handed over."""
         self._abstained = False
         self._closed = False
 
@@ -249,10 +251,26 @@ class ParameterServerExchange:
     def meet(self, arrival: Arrival) -> Meeting:
         """Wait for the lead's word, and for the parameters if others went further."""
         if self._chosen and arrival.purpose in (Purpose.EPOCH, Purpose.CLOSE):
-            self._values.load_extras()
+            self._hand_over_extras()
+        was_chosen = self._chosen
         met = self._wait_for_all(arrival)
+        if arrival.purpose is Purpose.CLOSE and met.chosen and not was_chosen:
+            self._become_last_chosen()
+        self._extras_are_final |= arrival.purpose is Purpose.CLOSE
         grant = dialogue.decode_grant(met.leases) if met.HasField("leases") else None
         return Meeting(met.step, tuple(met.means), met.chosen, grant, met.past)
+
+    def _hand_over_extras(self) -> None:
+        """Between the meetings at the end of the job they do not change."""
+        if not self._extras_are_final:
+            self._values.load_extras()
+
+    def _become_last_chosen(self) -> None:
+        """The worker that was chosen before is lost, before or after it had its last word."""
+        if self._extras_are_final:
+            self._values.pull_extras()
+        else:
+            self._values.load_extras()
 
     def _wait_for_all(self, arrival: Arrival) -> shard_pb2.Met:
         # Parts may come before the word that announces them, from a shard that is faster.

@@ -184,9 +184,9 @@ class Attendance:
 
     def _next_point(self, purpose: Purpose) -> Point:
         """Which call this is. How many there are within a pass depends on how many batches a worker
-        gets: they have no name.
+        gets, and at the end of the job on who writes the model: they have no name.
         """
-        if purpose is Purpose.EPOCH or self._is_reading:
+        if purpose in (Purpose.EPOCH, Purpose.CLOSE) or self._is_reading:
             return self.point
         self._num_meetings += 1
         return replace(self.point, count=self._num_meetings)

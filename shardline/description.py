@@ -13,6 +13,7 @@ from ps_core.errors import (
     MismatchError,
     NonFiniteError,
     Preempted,
+    ResultError,
     UsageError,
 )
 from ps_core.exchange import Farewell
@@ -67,8 +68,8 @@ def farewell(error: BaseException) -> Farewell:
     """
     if isinstance(error, Preempted):
         return Farewell.PREEMPTED
-    hopeless = isinstance(error, UsageError | NonFiniteError | MismatchError | DataLossError)
-    return Farewell.FATAL if hopeless else Farewell.FAILED
+    hopeless = UsageError | NonFiniteError | MismatchError | DataLossError | ResultError
+    return Farewell.FATAL if isinstance(error, hopeless) else Farewell.FAILED
 
 
 def forget_frames(error: BaseException) -> BaseException:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shardline.progress import View, WorkerView
-from shardline.records import Scalar
+from shardline.records import Kept
 
 _PLAIN_SECONDS: Final = 5.0  # between progress lines
 _LIVE_SECONDS: Final = 0.25
@@ -63,12 +63,12 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def number(value: Scalar) -> str:
+def number(value: Kept) -> str:
     """A logged or reported value, short."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def named(values: Mapping[str, Scalar]) -> list[Row]:
+def named(values: Mapping[str, Kept]) -> list[Row]:
     """Names and values, the ones that people look for first."""
     order = sorted(values, key=lambda name: (name not in _NAMED_FIRST, _rank(name)))
     return [(name, number(values[name])) for name in order]

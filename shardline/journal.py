@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ps_core.exchange import Traffic
-from shardline.records import EndRecord, JoinRecord, Record, Scalar, StepRecord
+from shardline.records import EndRecord, JoinRecord, Kept, Record, StepRecord
 
 _INTERVAL_SECONDS = 0.1
 
@@ -50,7 +50,7 @@ class Journal:
         self._values.update(values)
         self._write_when_due()
 
-    def end(self, steps: int, reported: Mapping[str, Scalar]) -> None:
+    def end(self, steps: int, reported: Mapping[str, Kept]) -> None:
         """Write the last lines."""
         if self._values:
             self._write_step()

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from shardline.records import EndRecord, JoinRecord, Record, Scalar, StepRecord
+from shardline.records import EndRecord, JoinRecord, Kept, Record, StepRecord
 
 WINDOW_SECONDS: Final = 5.0
 """Samples per second are counted over this time, or over the last two records."""
@@ -67,7 +67,7 @@ class Totals:
     samples_per_second: float  # while they trained: from each worker's first step to its last
     pushed_bytes: int
     pulled_bytes: int
-    reported: Mapping[str, Scalar]  # by the lowest rank that has reported anything
+    reported: Mapping[str, Kept]  # by the lowest rank that has reported anything
     values: Mapping[str, float]  # as in View
 
 
@@ -94,7 +94,7 @@ class _Worker:
     steps: int = 0
     version: int = 0
     values: dict[str, float] = field(default_factory=dict)
-    reported: Mapping[str, Scalar] | None = None  # once it has finished
+    reported: Mapping[str, Kept] | None = None  # once it has finished
     is_starting: bool = True
     has_joined: bool = False  # with any of its processes
     first: _Sample | None = None

@@ -6,12 +6,14 @@ no NaN and no infinity: such numbers are written as the words of protobuf's JSON
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self, TypeAlias
 
 Scalar = bool | int | float | str
+Kept: TypeAlias = "Scalar | Sequence[Kept] | Mapping[str, Kept] | None"
+"""What a script may report as a result."""
 
 _WORDS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -46,9 +48,13 @@ def _text(value: object) -> str:
     return value
 
 
-def _scalar(value: object) -> Scalar:
-    if not isinstance(value, Scalar):
-        raise ValueError(f"{value!r} is neither a number nor text")
+def _kept(value: object) -> Kept:
+    if isinstance(value, list):
+        return [_kept(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _kept(item) for key, item in value.items()}
+    if value is not None and not isinstance(value, Scalar):
+        raise ValueError(f"{value!r} is not what JSON holds")
     return _WORDS.get(value, value) if isinstance(value, str) else value
 
 
@@ -61,7 +67,7 @@ _READERS: Final[dict[Any, Callable[[Any], Any]]] = {
     float: _number,
     str: _text,
     Mapping[str, float]: _mapping(_number),
-    Mapping[str, Scalar]: _mapping(_scalar),
+    Mapping[str, Kept]: _mapping(_kept),
 }
 
 
@@ -136,7 +142,7 @@ class EndRecord(_Line):
     pushed_bytes: int
     pulled_bytes: int
     version: int
-    reported: Mapping[str, Scalar] = field(default_factory=dict)
+    reported: Mapping[str, Kept] = field(default_factory=dict)
     """What the script reported as its results, by name."""
 
 

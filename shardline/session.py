@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,9 @@ import torch
 from torch.utils.data import Dataset
 
 from ps_core.buckets import Bucket, make_buckets
-from ps_core.checkpoint import write_model
 from ps_core.config import check_addresses, load
-from ps_core.errors import ConfigError, ShardlineError, UsageError
-from ps_core.exchange import DataLeases, Purpose, Start
+from ps_core.errors import ConfigError, ResultError, ShardlineError, UsageError
+from ps_core.exchange import DataLeases, Farewell, Purpose, Start
 from ps_core.local_steps import LocalStepsOptimizer
 from ps_core.metrics import Endpoint, WorkerMetrics, start_endpoint
 from ps_core.optim_spec import OptimizerSpec
@@ -37,11 +37,13 @@ from shardline.description import (
     reason,
     trained,
 )
+from shardline.handed_over import kept, number
 from shardline.journal import Journal
 from shardline.loader import LOADERS_PER_LOOP, Loader, Place, Requests, read_spec
+from shardline.model_file import ModelFile
 from shardline.model_steps import Loss, TrainStep, WholeModel, inputs_of
 from shardline.preemption import Preemption
-from shardline.records import Scalar
+from shardline.records import Kept
 from shardline.schedules import S, Schedules
 from shardline.steps import Steps
 from shardline.strategies import check_strategy, make_exchange
@@ -114,6 +116,9 @@ class Session:
         )
         self._run_dir = Path(config.job.run_dir) if config.job.run_dir else None
         self._journal = self._open_journal()
+        self._model_file = ModelFile(
+            self._run_dir, self._staging, wait_is_bounded=config.strategy == "allreduce"
+        )
         self._attendance = Attendance()
         if self._is_alone:
             self._attendance.bind(self.exchange)
@@ -123,7 +128,7 @@ class Session:
         self._num_loaders = 0
         self._start = Start(0, chosen=True)
         self._optimizer: ExchangeOptimizer | None = None
-        self._reported: dict[str, Scalar] = {}
+        self._reported: dict[str, Kept] = {}
         self._model: torch.nn.Module | None = None
 
     def _make_steps(self, metrics: WorkerMetrics) -> Steps:
@@ -332,20 +337,28 @@ class Session:
         """
         if value is None:
             value, weight = 0.0, 0.0
+        mine, weight = number("session.mean", value), number("session.mean's weight", weight)
+        if not 0 <= weight < math.inf:
+            raise UsageError(f"session.mean(weight={weight}): a weight is a number from 0 on")
         if self.world_size > 1 and self._model is None:
             raise UsageError(
                 "session.mean needs the other workers: call session.optimizer(...) first"
             )
-        return self._attendance.meet(Purpose.MEAN, [float(value)], weight).means[0]
+        return self._attendance.meet(Purpose.MEAN, [mine], weight).means[0]
 
     def log(self, **values: float | torch.Tensor) -> None:
-        """Show numbers live, keep them in `metrics.jsonl`, plot them; `loss` is a metric, too."""
-        self._steps.log({name: float(value) for name, value in values.items()})
+        """Show numbers live, keep them in `metrics.jsonl`, plot them; `loss` is a metric, too.
+        Raises UsageError for what is not one number.
+        """
+        numbers = {name: number(f"session.log({name}=…)", each) for name, each in values.items()}
+        self._steps.log(numbers)
 
-    def report(self, **values: Scalar | torch.Tensor) -> None:
-        """Results of the run; those of the lowest rank that has any land in `summary.json`."""
-        for name, value in values.items():
-            self._reported[name] = value.item() if isinstance(value, torch.Tensor) else value
+    def report(self, **values: object) -> None:
+        """Results of the run; those of the lowest rank that has any land in `summary.json`. They
+        are numbers of Python, NumPy and torch, tensors, text, paths, and lists and dicts of them.
+        Raises UsageError for anything else.
+        """
+        self._reported |= {name: kept(name, value) for name, value in values.items()}
 
     # -- The block ---------------------------------------------------------------------------------
 
@@ -382,13 +395,16 @@ class Session:
                 raise error
 
     def _finish(self) -> None:
-        if self._model is not None:
-            meeting = self._attendance.meet(Purpose.CLOSE)
-            if meeting.chosen and self._run_dir is not None:
-                write = self._staging.write_model if self._staging else write_model
-                write(self._model, self._run_dir / "model.safetensors")
+        farewell = Farewell.FINISHED
+        try:
+            if self._model is not None:
+                meet = partial(self._attendance.meet, Purpose.CLOSE)
+                farewell = self._model_file.settle(self._model, meet)
+        except ResultError:
+            self._journal.end(self._steps.num_steps, self._reported)
+            raise
         self._journal.end(self._steps.num_steps, self._reported)
-        self.exchange.close()
+        self.exchange.close(farewell)
 
 
 def _stage(config: Config, device: torch.device) -> Staging | None:

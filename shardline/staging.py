@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from pipeline.schedule import (
 )
 from pipeline.step import PipelineStep
 from pipeline.timing import layer_seconds
-from ps_core.checkpoint import distinct_tensors, write_tensors
+from ps_core.checkpoint import distinct_tensors, with_signs, write_tensors
 from ps_core.errors import UsageError
 from ps_core.group_metrics import PipelineMetrics
 from ps_core.plan import ParameterSpec
@@ -174,15 +174,18 @@ class Staging:
             raise UsageError("call session.optimizer(...) before the model is used")
         return self._pipeline
 
-    def write_model(self, model: nn.Module, path: Path) -> None:
+    def write_model(
+        self, model: nn.Module, path: Path, sign: Callable[[], object] | None = None
+    ) -> None:
         """Write the whole model, one tensor in memory at a time: all stages call it, the first one
-        writes.
+        writes. See ps_core.checkpoint.with_signs for `sign`.
         """
         entries, metadata = distinct_tensors(model)
-        tensors = (
+        tensors: Iterator[Tensor] = (
             self.replica.fetch(_with_memory(tensor), self._holder_of(name))
             for name, tensor in entries.items()
         )
+        tensors = with_signs(tensors, sign)
         if self.replica.stage == 0:
             write_tensors(path, entries, tensors, metadata)
         else:

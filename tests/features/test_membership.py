@@ -157,7 +157,7 @@ def test_a_script_that_exits_well_has_ended_well(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(session.exchange, "close", lambda *last_word: told.append(last_word))
     with pytest.raises(SystemExit), session:
         raise SystemExit(0)
-    assert told == [()]
+    assert told == [(Farewell.FINISHED,)]
 
 
 def join_late(session: Session, *, folder: str) -> Returned:

@@ -18,6 +18,7 @@ CONTRACT = [
     ("JoinTimeoutError", False, 1, "DEADLINE_EXCEEDED"),
     ("JobOverError", False, 0, "OUT_OF_RANGE"),
     ("NonFiniteError", False, 1, "INTERNAL"),
+    ("ResultError", False, 2, "INTERNAL"),
 ]
 ON_THE_WIRE = [(name, status) for name, _, _, status in CONTRACT if status != "INTERNAL"]
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from shardline.display import LiveScreen, PlainScreen, duration, named, picture, screen_for, size
 from shardline.progress import View, WorkerView
-from shardline.records import Scalar
+from shardline.records import Kept
 
 
 def view(elapsed_seconds: float = 12.0, num_workers: int = 2, finished: bool = False) -> View:
@@ -158,7 +158,7 @@ def test_sizes(num_bytes: float, text: str) -> None:
 
 
 def test_values_come_in_the_order_people_look_for() -> None:
-    values: dict[str, Scalar] = {"zeta": 1.0, "accuracy": 0.5, "alpha": "text", "loss": 2}
+    values: dict[str, Kept] = {"zeta": 1.0, "accuracy": 0.5, "alpha": "text", "loss": 2}
     names = [name for name, _ in named(values)]
     assert names == ["loss", "accuracy", "zeta", "alpha"]
     assert dict(named(values)) == {"zeta": "1", "accuracy": "0.5", "alpha": "text", "loss": "2"}
