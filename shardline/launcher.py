@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 from ps_core.config import split_address
 from ps_core.errors import ConfigError, ShardlineError
-from shardline import curves, local_plan, report, run_directory
+from shardline import local_plan, report, run_directory
+from shardline.curves import Curves
 from shardline.display import Screen
 from shardline.ledger import Balance
 from shardline.local_plan import Launch, plan, with_rendezvous
@@ -107,6 +108,7 @@ class _Run:
         self._signals: list[signal.Signals] = []
         self._keeper: Keeper | None = None
         self._tail = Tail(directory.metrics)
+        self._curves = Curves()
         self._progress = Progress(launch.num_workers, launch.num_ranks)
         self._started, self._started_at = time.monotonic(), time.time()
         rpc, policy = launch.config.rpc, launch.config.launch
@@ -192,7 +194,7 @@ class _Run:
             self._supervisor.interrupt(number, now)
         ended = self._newly_ended()
         # After the processes were looked at: the last record of one that has ended is in the file.
-        self._progress.add(self._tail.read())
+        self._read_records()
         self._supervisor.joined = self._progress.joined
         self._supervisor.finished = self._progress.finished
         self._supervisor.has_trained = self._progress.has_trained
@@ -245,7 +247,7 @@ class _Run:
 
     def _tell(self, wall_seconds: float) -> int:
         """Write the results, and show them."""
-        self._progress.add(self._tail.read())
+        self._read_records()
         totals, code = self._progress.totals(), self._supervisor.exit_code()
         balance = self._balance()
         counts = self._supervisor.num_restarts, self._supervisor.num_preemptions
@@ -283,10 +285,15 @@ class _Run:
         except (ConfigError, OSError) as exc:
             self._screen.note(f"the results are not complete: {exc}")
 
+    def _read_records(self) -> None:
+        """What the workers have written since the last call."""
+        records = self._tail.read()
+        self._progress.add(records)
+        self._curves.add(records)
+
     def _draw(self) -> None:
-        records = Tail(self._directory.metrics).read()
         try:
-            curves.draw(records, self._directory.path / "training.png", self._launch.job_name)
+            self._curves.draw(self._directory.path / "training.png", self._launch.job_name)
         except ImportError:
             self._screen.note(
                 "training.png is not drawn: matplotlib is not installed "
