@@ -104,8 +104,9 @@ def _contributions(
             )
             process, step = int(member.token, 16), version - 1
             yield Contribution(
-                member.rank, process, step, version, record.samples, leases, "applied"
-            )
+                member.rank, process, step, version, record.samples, leases, "applied",
+                record.given_weight,
+            )  # fmt: skip
 
 
 def _event(member: Member, event: Event, version: int) -> WorkerEvent:

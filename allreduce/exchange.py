@@ -31,6 +31,7 @@ from allreduce.wire import DTYPES
 from ps_core.buckets import Bucket
 from ps_core.errors import JobOverError, ShardlineError
 from ps_core.exchange import (
+    UNEQUAL_BATCHES,
     Arrival,
     Farewell,
     Grant,
@@ -84,7 +85,7 @@ class AllReduceExchange:
         self.traffic = Traffic()
         self._crew: Crew | None = None
         self._granted: deque[Grant] = deque()
-        self._has_warned = False
+        self._has_warned = self._has_warned_of_batches = False
         self._metrics = AllReduceMetrics(self._rank)
         self._chronicle = Chronicle(config.job.run_dir, self._rank)
 
@@ -158,7 +159,7 @@ class AllReduceExchange:
         """Wait until all have made the update."""
         table = self._complete()
         self.traffic.pulled_bytes += self._num_bytes
-        applied = bool(self._round.record.samples and table.total)
+        applied = bool(self._round.record.gradient_weight and table.total)
         version = self._agreed.version
         return Outcome(version, version, applied, staleness=0)
 
@@ -235,7 +236,7 @@ class AllReduceExchange:
         before = self._round
         self._round = self._open(record)
         self._round.groups = before.groups
-        if record.samples:
+        if record.gradient_weight:
             self._round.ready = before.ready
 
     def _form_again(self, finish: Finish | None, leavers: Sequence[int] = ()) -> bool:
@@ -255,6 +256,7 @@ class AllReduceExchange:
             self._joined.share_state(table.writer)
         if table.has_step and table.total:
             started = time.perf_counter()
+            self._note_unequal(table)
             self._issue(table, all_of_them=True)
             self._updater.collect()
             self._metrics.waited("reduce", time.perf_counter() - started)
@@ -274,12 +276,18 @@ class AllReduceExchange:
         """Send buckets that are ready, in their order; in the end all, with what there is."""
         if table.readers or not table.total:
             return
-        own = self._round.record.samples
+        own = self._round.record.gradient_weight
         for bucket in self._buckets[self._round.num_issued :]:
             if not (all_of_them or bucket.layout.index in self._round.ready):
                 return
             self._updater.issue(bucket, own / table.total)
             self._round.num_issued += 1
+
+    def _note_unequal(self, table: Table) -> None:
+        pair = table.unequal
+        if pair is not None and not self._has_warned_of_batches:
+            self._has_warned_of_batches = True
+            log.warning(UNEQUAL_BATCHES, *pair, self._agreed.version)
 
     def _agree_on_groups(self, table: Table) -> Sequence[Hyperparameters]:
         """The hyperparameters of the update: those of its lowest rank. Raises PeerLostError."""

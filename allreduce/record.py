@@ -58,9 +58,10 @@ class Record:
     version: int
     """Updates that are in its parameters."""
     samples: int = 0
-    """Behind its gradients; 0: it has none."""
+    """Behind its gradients."""
     values: tuple[float, ...] = ()
     weight: float = 1.0
+    """Of the values."""
     takes_leases: bool = False
     point: Point = BEGINNING
     data_seconds: float = 0.0
@@ -74,6 +75,13 @@ class Record:
     """Its optimizer's state is new, and everybody is to have it."""
     readings: tuple[Reading, ...] = ()
     """What its samples are."""
+    given_weight: float | None = None
+    """Of its gradients, where that is not the number of samples."""
+
+    @property
+    def gradient_weight(self) -> float:
+        """In the mean; 0: it has no gradients."""
+        return self.samples if self.given_weight is None else self.given_weight
 
     @property
     def is_step(self) -> bool:
@@ -107,6 +115,7 @@ def of_step(version: int, work: Work, hyperparameters: int, readings: Sequence[R
         schedules=work.schedules,
         hyperparameters=hyperparameters,
         readings=tuple(readings),
+        given_weight=work.given_weight,
     )
 
 
@@ -114,7 +123,7 @@ def without_gradients(record: Record) -> Record:
     """The same call after the group has broken: collectives may have overwritten the gradients on
     some workers, so all abstain, and their samples are free again.
     """
-    return replace(record, samples=0, readings=())
+    return replace(record, samples=0, readings=(), given_weight=None)
 
 
 def of_arrival(version: int, arrival: Arrival, *, has_state: bool) -> Record:
@@ -150,6 +159,7 @@ def encode(record: Record) -> list[float]:
         record.hyperparameters,
         record.has_guest,
         record.has_state,
+        record.gradient_weight,
     ]
     readings = [
         number
@@ -176,6 +186,7 @@ def decode(numbers: Sequence[float]) -> Record:
     point = Point(*whole(3))
     data_seconds, compute_seconds = next(row), next(row)
     hyperparameters, has_guest, has_state = whole(3)
+    gradient_weight = next(row)
     values = tuple(next(row) for _ in range(int(next(row))))
     schedules = tuple(whole(int(next(row))))
     rest = [int(number) for number in row]
@@ -194,6 +205,7 @@ def decode(numbers: Sequence[float]) -> Record:
         bool(has_guest),
         bool(has_state),
         tuple(_reading(*rest[i : i + _READING_SIZE]) for i in range(0, len(rest), _READING_SIZE)),
+        None if gradient_weight == samples else gradient_weight,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from allreduce.record import Call, Reading, Record
 from ps_core.exchange import Arrival, Purpose
@@ -32,9 +34,9 @@ class Table:
         return any(record.is_step for record in self.rows.values())
 
     @property
-    def total(self) -> int:
-        """Samples behind the update."""
-        return sum(record.samples for record in self.replicas.values())
+    def total(self) -> float:
+        """Weight of all gradients behind the update."""
+        return math.fsum(record.gradient_weight for record in self.replicas.values())
 
     @property
     def leader(self) -> int:
@@ -42,7 +44,7 @@ class Table:
         replicas = self.replicas
         return min(
             (index for index, record in replicas.items() if record.is_step),
-            key=lambda index: (not replicas[index].samples, index),
+            key=lambda index: (not replicas[index].gradient_weight, index),
         )
 
     @property
@@ -55,6 +57,21 @@ class Table:
         """Those that take the step have different hyperparameters."""
         own = {each.hyperparameters for each in self.rows.values() if each.is_step}
         return len(own) > 1
+
+    @property
+    def unequal(self) -> tuple[int, int] | None:
+        """Two replicas whose batches have different sizes and weigh the same, since neither script
+        has said what they weigh.
+        """
+        silent = {
+            index: each.samples
+            for index, each in sorted(self.replicas.items())
+            if each.gradient_weight == 1 and each.samples and not each.readings
+        }
+        for (one, samples), (other, others) in pairwise(silent.items()):
+            if samples != others:
+                return one, other
+        return None
 
     @property
     def leavers(self) -> tuple[int, ...]:

@@ -7,9 +7,14 @@ last sample, which count for nothing.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+Weight = Callable[[torch.Tensor], torch.Tensor | float]
+"""Of a target: what the loss is divided by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +36,19 @@ class Cut:
         """How many samples `microbatch` holds; may be none."""
         return self.start(microbatch + 1) - self.start(microbatch)
 
-    def weight(self, microbatch: int) -> float:
-        """The share of the microbatch's mean in the batch's mean."""
-        return self.size(microbatch) / self.batch
+    def shares(self, target: torch.Tensor, weight: Weight | None = None) -> list[float]:
+        """The share of each microbatch's mean in the batch's mean. All are 0 in a batch that weighs
+        nothing.
+        """
+        weigh = len if weight is None else weight
+        pieces = [self._piece(target, microbatch) for microbatch in range(self.num_microbatches)]
+        weights = [float(weigh(piece)) if len(piece) else 0.0 for piece in pieces]
+        total = math.fsum(weights)
+        return [each / total if total else 0.0 for each in weights]
+
+    def _piece(self, rows: torch.Tensor, microbatch: int) -> torch.Tensor:
+        start = self.start(microbatch)
+        return rows[start : start + self.size(microbatch)]
 
     def fill(self, batch: torch.Tensor) -> torch.Tensor:
         """`batch` with M · rows rows: itself, or a copy with the last sample repeated."""

@@ -14,7 +14,7 @@ from pipeline.boundaries import Boundary, infer
 from pipeline.forward import forward
 from pipeline.group import as_default
 from pipeline.measure import Meter, StepTimes
-from pipeline.microbatches import Cut
+from pipeline.microbatches import Cut, Weight
 from pipeline.schedule import (
     Loss,
     TorchSchedule,
@@ -94,18 +94,22 @@ class PipelineStep:
         self._broken = False
 
     def __call__(
-        self, inputs: torch.Tensor, target: torch.Tensor, loss_fn: Loss
+        self,
+        inputs: torch.Tensor,
+        target: torch.Tensor,
+        loss_fn: Loss,
+        weight: Weight | None = None,
     ) -> torch.Tensor | None:
         """Add the gradients of `loss_fn(model(inputs), target)` to the parameters' `.grad`.
 
         `inputs` and `target` have a row per sample, at least one; `loss_fn` gives the mean over the
-        samples it sees. Blocks until this worker's part is done. Returns the mean loss of the
-        batch, without graph, on the worker with the last stage, None elsewhere. JobFailedError when
-        another worker is gone, or silent for as long as the group waits; what the model or the loss
-        raises comes out as it is.
+        samples it sees, or over what `weight` says of their targets. Blocks until this worker's
+        part is done. Returns the mean loss of the batch, without graph, on the worker with the last
+        stage, None elsewhere. JobFailedError when another worker is gone, or silent for as long as
+        the group waits; what the model or the loss raises comes out as it is.
         """
         self._check_step(inputs, target)
-        return self._run(partial(self._train, inputs, target, loss_fn))
+        return self._run(partial(self._train, inputs, target, loss_fn, weight))
 
     def evaluate(self, inputs: torch.Tensor) -> torch.Tensor | None:
         """The model's output for `inputs`, a row per sample, without gradients.
@@ -117,14 +121,14 @@ class PipelineStep:
         return self._run(partial(self._evaluate, inputs))
 
     def _train(
-        self, inputs: torch.Tensor, target: torch.Tensor, loss_fn: Loss
+        self, inputs: torch.Tensor, target: torch.Tensor, loss_fn: Loss, weight: Weight | None
     ) -> torch.Tensor | None:
         self._meter.start()
         cut = Cut(len(inputs), self._num_microbatches)
         taken = Boundary.of(inputs).with_rows(cut.rows)
         losses: list[torch.Tensor] = []
         numbers = torch.arange(self._num_microbatches) if self._holds_last else None
-        self._loss.begin(cut, target, loss_fn)
+        self._loss.begin(cut, target, loss_fn, weight)
         with as_default(self._group), without_dump():
             schedule = _recent(self._schedules, taken, self._make_schedule, _MAX_SCHEDULES)
             batch = [cut.fill(inputs.detach().to(self._device))] if 0 in self._modules else []
@@ -229,17 +233,19 @@ class PipelineStep:
 
 
 class _BatchLoss:
-    """The loss of each microbatch, weighted so that they add up to the mean over the batch."""
+    """The loss of each microbatch, weighted so that they add up to that of the batch."""
 
     def __init__(self, stage: int, device: torch.device, meter: Meter) -> None:
         self._stage = stage
         self._device = device
         self._meter = meter
         self._batch: tuple[Cut, torch.Tensor, Loss] | None = None
+        self._shares: list[float] = []
 
-    def begin(self, cut: Cut, target: torch.Tensor, loss_fn: Loss) -> None:
+    def begin(self, cut: Cut, target: torch.Tensor, loss_fn: Loss, weight: Weight | None) -> None:
         """The batch that the next calls are about."""
         self._batch = cut, target, loss_fn
+        self._shares = cut.shares(target, weight)
 
     def end(self) -> None:
         """Let go of the batch."""
@@ -252,12 +258,12 @@ class _BatchLoss:
         microbatch = int(number)
         start, size = cut.start(microbatch), cut.size(microbatch)
         with self._meter.forward(self._stage, microbatch), model_errors():
-            if not size:
+            if not self._shares[microbatch]:  # a mean over nothing is not a number
                 return output[:0].sum()
             real = output if size == len(output) else output[:size]
             loss = loss_fn(real, target[start : start + size].to(self._device))
             _check_loss(loss, needs_gradient=real.requires_grad)
-            return loss * cut.weight(microbatch)
+            return loss * self._shares[microbatch]
 
 
 def _check_loss(loss: torch.Tensor, *, needs_gradient: bool) -> None:

@@ -37,6 +37,7 @@ def encode_begin(
         ),
         schedules=work.schedules,
         point=encode_point(work.point),
+        weight=work.given_weight,
     )
 
 
@@ -49,6 +50,9 @@ def decode_work(message: shard_pb2.Begin) -> Work:
         raise ProtocolError(f"{len(message.leases)} leases cannot be behind one step")
     if len(message.schedules) > MAX_SCHEDULES:
         raise ProtocolError(f"{len(message.schedules)} schedulers are more than {MAX_SCHEDULES}")
+    weight = message.weight if message.HasField("weight") else None
+    if not 0 <= message.weight < math.inf:
+        raise ProtocolError(f"gradients cannot be averaged with weight {message.weight}")
     phases = message.phases
     return Work(
         message.samples,
@@ -57,6 +61,7 @@ def decode_work(message: shard_pb2.Begin) -> Work:
         phases.compute_seconds,
         tuple(message.schedules),
         decode_point(message.point),
+        weight,
     )
 
 

@@ -20,9 +20,14 @@ class Contribution:
     version: int
     """The first version that includes it."""
     samples: int
-    """Its weight; 0: the worker abstained."""
     leases: tuple[Lease, ...]
     state: Literal["applied", "in_part"]
+    given_weight: float | None = None
+
+    @property
+    def weight(self) -> float:
+        """In the mean; 0: the worker abstained."""
+        return self.samples if self.given_weight is None else self.given_weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ class Work:
     """What stands behind the gradients of one step."""
 
     samples: int
-    """Their weight in the mean; 0: the worker abstains."""
+    """How many they come from."""
     leases: tuple[int, ...] = ()
     """Ids of the leases whose samples they come from."""
     data_seconds: float = 0.0
@@ -99,6 +99,19 @@ class Work:
     """As in `Position`."""
     point: Point = BEGINNING
     """As in `Position`."""
+    given_weight: float | None = None
+    """Of the gradients in the mean, where that is not the number of samples."""
+
+    @property
+    def weight(self) -> float:
+        """Of the gradients in the mean over workers; 0: the worker abstains."""
+        return self.samples if self.given_weight is None else self.given_weight
+
+
+UNEQUAL_BATCHES = (
+    "workers %d and %d give their models different numbers of rows at step %d, and weigh the same: "
+    "if these are samples, say how many with optimizer.step(samples=n)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +202,7 @@ class Exchange(Protocol):
         ...
 
     def begin(self, step: int, work: Work, hyperparameters: Sequence[Hyperparameters]) -> None:
-        """Open `step`. With 0 samples the worker abstains: it submits nothing and takes the others'
+        """Open `step`. With weight 0 the worker abstains: it submits nothing and takes the others'
         update.
         """
         ...

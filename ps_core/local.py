@@ -46,8 +46,8 @@ class LocalExchange:
         return Start(step=0, chosen=True)
 
     def begin(self, step: int, work: Work, hyperparameters: Sequence[Hyperparameters]) -> None:
-        """Take the step's hyperparameters; without samples nothing will be applied."""
-        self._samples = work.samples
+        """Take the step's hyperparameters; with weight 0 nothing will be applied."""
+        self._abstains = not work.weight
         self._leases.consume(_ALONE, step, work.leases)
         self._updater.set_hyperparameters(hyperparameters)
 
@@ -56,12 +56,12 @@ class LocalExchange:
 
     def settle(self, step: int) -> Outcome:
         """Apply the update."""
-        if self._samples:
+        if not self._abstains:
             self._updater.step()
         for bucket in self._buckets:
             bucket.accept()
         self._leases.settle(_ALONE)
-        return Outcome(step + 1, version=step + 1, applied=self._samples > 0, staleness=0)
+        return Outcome(step + 1, version=step + 1, applied=not self._abstains, staleness=0)
 
     def close(self, farewell: Farewell = Farewell.FINISHED, failure: str = "") -> None:
         """Nothing to leave."""

@@ -20,7 +20,12 @@ import torch
 from ps_core.buckets import Bucket
 from ps_core.exchange import Outcome, Work
 from ps_core.optim_spec import OptimizerSpec
-from ps_core.optimizer import ExchangeOptimizer, JobExchange, StepObserver
+from ps_core.optimizer import (
+    ExchangeOptimizer,
+    JobExchange,
+    StepObserver,
+    without_gradients,
+)
 from ps_core.plan import Plan
 from ps_core.settings import ConsistencyConfig
 
@@ -104,21 +109,23 @@ class LocalStepsOptimizer(ExchangeOptimizer):
         if not self._pending:
             for bucket in self._buckets:
                 bucket.set_anchor()
-        weight = work.samples if self._prepare_gradients() else 0
-        if weight:
-            self._take_inner_step()
-        self.num_skipped += not weight
-        self._pending.append(replace(work, samples=weight))
-        self._exchange_if_due(weight)
+        if work.weight:
+            if self._prepare_gradients():
+                self._take_inner_step()
+            else:
+                work = without_gradients(work)
+                self.num_skipped += 1
+        self._pending.append(work)
+        self._exchange_if_due(work)
 
-    def _exchange_if_due(self, weight: int) -> None:
-        """End an inner step of `weight` samples, and tell the observer."""
+    def _exchange_if_due(self, work: Work) -> None:
+        """End an inner step, and tell the observer."""
         started = time.perf_counter()
         outcome = Outcome(self.next_step, version=self.next_step, applied=True, staleness=0)
         if len(self._pending) >= self._local_steps:
             outcome = self._exchange_pending()
-        outcome = replace(outcome, applied=outcome.applied and weight > 0)
-        self._observer.after_step(outcome, weight, time.perf_counter() - started)
+        outcome = replace(outcome, applied=outcome.applied and work.weight > 0)
+        self._observer.after_step(outcome, work, time.perf_counter() - started)
 
     @torch.no_grad()
     def _prepare_gradients(self) -> bool:
@@ -151,19 +158,23 @@ class LocalStepsOptimizer(ExchangeOptimizer):
         for bucket in self._buckets:
             bucket.return_to_anchor()
         if not self._check_finite("what the local steps made of"):
-            work = replace(work, samples=0)
+            work = without_gradients(work)
             self.num_skipped += 1
         return self._exchange_step(work, self._outer.groups)
 
 
 def _add(works: Sequence[Work]) -> Work:
-    """All as one: samples and seconds are summed, leases collected, the rest is the latest."""
+    """All as one: samples, weights and seconds are summed, leases collected, the rest is the
+    latest.
+    """
+    is_weighed = any(work.given_weight is not None for work in works)
     return replace(
         works[-1],
         samples=sum(work.samples for work in works),
         leases=tuple(itertools.chain.from_iterable(work.leases for work in works)),
         data_seconds=sum(work.data_seconds for work in works),
         compute_seconds=sum(work.compute_seconds for work in works),
+        given_weight=math.fsum(work.weight for work in works) if is_weighed else None,
     )
 
 

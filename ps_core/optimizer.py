@@ -54,8 +54,10 @@ class StepObserver(Protocol):
         """The gradients are gone, used or not."""
         ...
 
-    def after_step(self, outcome: Outcome, samples: int, exchange_seconds: float) -> None:
-        """The parameters are those of `outcome.version`."""
+    def after_step(self, outcome: Outcome, work: Work, exchange_seconds: float) -> None:
+        """The parameters are those of `outcome.version`. `work` is without samples where they went
+        into nothing: the gradients were not finite.
+        """
         ...
 
     def meet(self, purpose: Purpose, values: Sequence[float] = ()) -> Meeting:
@@ -66,6 +68,20 @@ class StepObserver(Protocol):
     def is_scheduled(self) -> bool:
         """A `session.scheduler` acts on the hyperparameters."""
         ...
+
+
+def weighed(work: Work, samples: float) -> Work:
+    """The same with the weight that the script gives, which says how many samples there are where
+    nothing else does.
+    """
+    if samples and not work.leases and samples == int(samples):
+        return replace(work, samples=int(samples), given_weight=None)
+    return replace(work, given_weight=samples)
+
+
+def without_gradients(work: Work) -> Work:
+    """The same where the gradients are not finite: the worker abstains."""
+    return replace(work, samples=0, given_weight=None)
 
 
 class ExchangeOptimizer(torch.optim.Optimizer):
@@ -122,28 +138,33 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         """
 
     def step(  # type: ignore[override]  # returns no loss, since it takes no closure
-        self, closure: Callable[[], float] | None = None, *, samples: int | None = None
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        samples: float | torch.Tensor | None = None,
     ) -> None:
         """Exchange the gradients for the next version of the parameters. Blocks until it is here.
 
         `samples`: how many samples the gradients are the mean of, their weight in the average over
-        workers. By default what `session.loader` has yielded since the last step; with other data
-        loading every worker weighs the same, which is exact for mean-reduced losses of equal
-        batches.
+        workers, which may be any number: of tokens, or the sum of class weights. With 0 this worker
+        abstains: the others' update goes on without its gradients. By default what `session.loader`
+        or `session.step` has counted since the last step; with other data loading every worker
+        weighs the same, which is exact for mean-reduced losses of equal batches.
         """
         if closure is not None:
             raise UsageError(
                 "step(closure) is not supported: compute the loss and gradients before step()"
             )
-        if samples is not None and samples < 1:
-            raise UsageError(f"step(samples={samples}): a step needs at least one sample")
+        samples = None if samples is None else float(samples)
+        if samples is not None and not 0 <= samples < math.inf:
+            raise UsageError(f"step(samples={samples}): give a number that is not negative")
         self._observer.before_step()
         if self._overlap.work is not None:
             self._finish_step(self._overlap.work, samples)
             return
         self._check_parameters()
         work = self._observer.take_work()
-        self._take_step(replace(work, samples=samples or work.samples))
+        self._take_step(work if samples is None else weighed(work, samples))
 
     def begin_step(self) -> None:
         """Open the next step before its backward pass, in which each bucket is handed over as soon
@@ -167,8 +188,8 @@ class ExchangeOptimizer(torch.optim.Optimizer):
             self._refuse_nonfinite("the gradient of", placement.parameter)
         self._exchange.submit(bucket, self.next_step)
 
-    def _finish_step(self, work: Work, samples: int | None) -> None:
-        if getattr(self, "grad_scale", None) is not None or samples not in (None, work.samples):
+    def _finish_step(self, work: Work, samples: float | None) -> None:
+        if getattr(self, "grad_scale", None) is not None or samples not in (None, work.weight):
             raise UsageError(
                 "with session.step(…, overlap=True) gradients are sent before step() is called: a "
                 "GradScaler and step(samples=n) need overlap=False"
@@ -176,7 +197,7 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         started = time.perf_counter()
         self._overlap.end()
         outcome = self._settle_step()
-        self._observer.after_step(outcome, work.samples, time.perf_counter() - started)
+        self._observer.after_step(outcome, work, time.perf_counter() - started)
 
     def flush(self) -> None:
         """Exchange what steps have left for later: nothing, since every step exchanges."""
@@ -185,16 +206,19 @@ class ExchangeOptimizer(torch.optim.Optimizer):
     def _take_step(self, work: Work) -> None:
         """Exchange the gradients, and tell the observer."""
         started = time.perf_counter()
-        weight = work.samples if self._agree(self._collect()) else 0
-        self._clip()
-        outcome = self._exchange_step(replace(work, samples=weight), read_groups(self))
-        self.num_skipped += not weight
-        self._observer.after_step(outcome, weight, time.perf_counter() - started)
+        if work.weight:
+            is_finite = self._agree(self._collect())
+            self._clip()
+            if not is_finite:
+                work = without_gradients(work)
+                self.num_skipped += 1
+        outcome = self._exchange_step(work, read_groups(self))
+        self._observer.after_step(outcome, work, time.perf_counter() - started)
 
     def _exchange_step(self, work: Work, groups: Sequence[Hyperparameters]) -> Outcome:
         """Hand over the collected gradients and take the next parameters."""
         self._exchange.begin(self.next_step, work, groups)
-        if work.samples:
+        if work.weight:
             for bucket in reversed(self._buckets):
                 self._exchange.submit(bucket, self.next_step)
         return self._settle_step()

@@ -106,6 +106,7 @@ def _contribution_lines(entry: Contribution) -> Iterator[dict[str, Any]]:
             "incarnation": str(entry.incarnation),
             "step": entry.step,
             "samples": entry.samples,
+            "weight": entry.weight,
             "state": entry.state,
             "ranges": [[lease.start, lease.start + lease.length] for lease in leases],
         }

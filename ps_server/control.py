@@ -80,6 +80,7 @@ def encode_remains(remains: Remains) -> lead_pb2.Remains:
         leases=remains.leases,
         used_parts=remains.used_parts,
         num_parts=remains.num_parts,
+        weight=remains.given_weight,
     )
 
 
@@ -93,4 +94,5 @@ def decode_remains(message: lead_pb2.Remains) -> Remains:
         tuple(message.leases),
         message.used_parts,
         message.num_parts,
+        message.weight if message.HasField("weight") else None,
     )

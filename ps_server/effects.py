@@ -75,11 +75,20 @@ class Remains:
     leases: tuple[int, ...]
     used_parts: int
     num_parts: int
+    given_weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class HyperparametersDiffer:
     """Two workers have different hyperparameters in one step; the lower rank's are used."""
+
+    step: int
+    workers: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchesDiffer:
+    """Two workers' batches of one step have different sizes, and weigh the same."""
 
     step: int
     workers: tuple[int, int]
@@ -115,4 +124,5 @@ Effect = (
     | Remains
     | Lost
     | HyperparametersDiffer
+    | BatchesDiffer
 )

@@ -162,7 +162,8 @@ class Lead:
             return []
         if begin.step < known.first_step:
             return [Readmitted(worker, known.first_step)]
-        self.ledger.begin(worker, known.incarnation, begin.step, begin.samples, begin.leases)
+        work = begin.samples, begin.leases, begin.given_weight
+        self.ledger.begin(worker, known.incarnation, begin.step, *work)
         self._whereabouts.begun(position)
         return []
 

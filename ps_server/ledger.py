@@ -30,6 +30,7 @@ class _Step:
     incarnation: int
     number: int
     samples: int
+    given_weight: float | None
     version: int
     is_open: bool = True
     """It is neither settled nor refused."""
@@ -59,7 +60,13 @@ class Ledger:
     # -- Steps -------------------------------------------------------------------------------------
 
     def begin(
-        self, worker: int, incarnation: int, step: int, samples: int, leases: Sequence[int]
+        self,
+        worker: int,
+        incarnation: int,
+        step: int,
+        samples: int,
+        leases: Sequence[int],
+        given_weight: float | None = None,
     ) -> None:
         """Rule 1. A repeat changes nothing. Raises ProtocolError for leases of others."""
         known = self._steps.get(worker)
@@ -67,7 +74,7 @@ class Ledger:
             return
         self._close(worker, "applied")
         self.book.consume(worker, step, leases)
-        self._steps[worker] = _Step(incarnation, step, samples, step + 1)
+        self._steps[worker] = _Step(incarnation, step, samples, given_weight, step + 1)
 
     def arrived(self, worker: int, step: int, version: int) -> None:
         """The lead's shard has the whole step; `version` includes it."""
@@ -96,9 +103,9 @@ class Ledger:
         known.is_open = False
         book = self.book
         leases = book.settle(worker) if state == "applied" else book.settle_in_part(worker)
-        step, version, samples = known.number, known.version, known.samples
+        step = known.incarnation, known.number, known.version
         self._entries.append(
-            Contribution(worker, known.incarnation, step, version, samples, leases, state)
+            Contribution(worker, *step, known.samples, leases, state, known.given_weight)
         )
 
     # -- Samples -----------------------------------------------------------------------------------
@@ -163,7 +170,8 @@ class Ledger:
         used = sum(remains.used_parts for remains in latest)
         if used:
             # The lead may not have heard of the step: its own stream may have been the first to go.
-            self.begin(worker, incarnation, last.step, last.samples, last.leases)
+            work = last.samples, last.leases, last.given_weight
+            self.begin(worker, incarnation, last.step, *work)
             is_whole = used == sum(remains.num_parts for remains in told)
             self._close(worker, "applied" if is_whole else "in_part")
         else:

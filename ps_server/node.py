@@ -18,6 +18,7 @@ from ps_core.errors import (
     ShardlineError,
     UsageError,
 )
+from ps_core.exchange import UNEQUAL_BATCHES
 from ps_core.job import Job
 from ps_core.settings import Config
 from ps_core.shard_metrics import ShardMetrics
@@ -65,6 +66,7 @@ class Node:
         self._early: list[Membership] = []
         """Orders that came before the first worker."""
         self._turn = 0
+        self._has_warned_of_batches = False
         self._withheld: list[effects.Release] = []
         """On the lead, while the job is paused."""
         self._ticked = time.monotonic()
@@ -172,7 +174,8 @@ class Node:
 
     def _begin(self, rank: int, message: shard_pb2.Begin) -> None:
         work, groups = dialogue.decode_work(message), codec.decode_groups(message.groups)
-        begin = Begin(message.step, message.epoch, work.samples, groups, work.leases)
+        given = work.samples, groups, work.leases, work.given_weight
+        begin = Begin(message.step, message.epoch, *given)
         todo = self._joined_shard().begin(rank, begin)  # the lead hears only of what is right
         try:
             if self.office is not None:
@@ -279,6 +282,9 @@ class Node:
                 self._metrics.refused_parts(parts)
             case effects.HyperparametersDiffer(step, workers):
                 self._warn_once(step, workers)
+            case effects.BatchesDiffer(step, workers) if not self._has_warned_of_batches:
+                self._has_warned_of_batches = True
+                log.warning(UNEQUAL_BATCHES, *workers, step)
 
     def _note_arrival(self, arrived: effects.Arrived) -> None:
         shard, rank = self._joined_shard(), arrived.worker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ _HALF = frozenset({torch.float16, torch.bfloat16})
 
 @dataclass(frozen=True, slots=True)
 class _Contribution:
-    samples: int
+    weight: float
     gradient: torch.Tensor
     present: Sequence[bool]
     """For each slice: it has a gradient."""
@@ -25,7 +26,7 @@ class _Contribution:
 class PartState:
     """Parameters, optimizer state and the contributions of the update in progress.
 
-    The mean over samples is sum(n_i * g_i) / sum(n_i). Contributions are folded in as they arrive,
+    The weighted mean is sum(n_i * g_i) / sum(n_i). Contributions are folded in as they arrive,
     relative to the weight of the first, so that equal weights cost no multiplication and a single
     contribution is used untouched ((g * n) / n is not g). With `keep` they are kept, may be dropped
     again, and are added in rank order, weighted n_i / sum(n). Half precision is added in float32
@@ -37,8 +38,8 @@ class PartState:
         self.parameters = torch.zeros(part.length, dtype=part.dtype)
         self.optimizer = PartOptimizer(optimizer, part, self.parameters)
         self.version = 0
-        self.acted: dict[int, int] = {}
-        """Worker → samples (0: abstained) of the update in progress."""
+        self.acted: dict[int, float] = {}
+        """Worker → weight (0: abstained) in the update in progress."""
         self.last_step: dict[int, int] = {}
         """The ledger: worker → last step of which this part used a contribution. It changes with
         the update.
@@ -59,17 +60,17 @@ class PartState:
     def contribute(
         self,
         rank: int,
-        samples: int,
+        weight: float,
         hyperparameters: Hyperparameters,
         present: Sequence[bool],
         gradient: torch.Tensor,
     ) -> None:
-        """Take a gradient of `samples` > 0 samples: 1-D, the part's length and dtype; read until
+        """Take a gradient that weighs `weight` > 0: 1-D, the part's length and dtype; read until
         `apply`.
         """
-        self.acted[rank] = samples
+        self.acted[rank] = weight
         self._hyperparameters[rank] = hyperparameters
-        contribution = _Contribution(samples, gradient, present)
+        contribution = _Contribution(weight, gradient, present)
         if self._keep:
             self._kept[rank] = contribution
         else:
@@ -131,9 +132,9 @@ class PartState:
         if self._keep:
             self.mean = self._ordered_mean()
         elif self._sum is not None:
-            total = sum(self.acted.values())
-            if total != self._sum.samples:
-                self._sum.gradient.mul_(self._sum.samples / total)
+            total = math.fsum(self.acted.values())  # in whatever order they came
+            if total != self._sum.weight:
+                self._sum.gradient.mul_(self._sum.weight / total)
             self.mean = self._sum.gradient.to(self.part.dtype)
 
     def squares(self) -> float:
@@ -170,21 +171,21 @@ class PartState:
         if self._sum is None:
             self._sum = new
             return
-        ratio = new.samples / self._sum.samples
+        ratio = new.weight / self._sum.weight
         total = torch.add(
             _wide(self._sum.gradient), _wide(new.gradient), alpha=ratio, out=self._total()
         )
         present = [a or b for a, b in zip(self._sum.present, new.present, strict=True)]
-        self._sum = _Contribution(self._sum.samples, total, present)
+        self._sum = _Contribution(self._sum.weight, total, present)
 
     def _ordered_mean(self) -> torch.Tensor | None:
         ordered = [self._kept[rank] for rank in sorted(self._kept)]
         if len(ordered) < 2:
             return ordered[0].gradient if ordered else None
-        samples = sum(item.samples for item in ordered)
+        weight = math.fsum(item.weight for item in ordered)
         total = self._total().zero_()
         for item in ordered:
-            total.add_(_wide(item.gradient), alpha=item.samples / samples)
+            total.add_(_wide(item.gradient), alpha=item.weight / weight)
         return total.to(self.part.dtype)
 
     def _total(self) -> torch.Tensor:

@@ -40,6 +40,7 @@ from ps_core.job import Job
 from ps_core.optim_spec import same_kind
 from ps_server.effects import (
     Arrived,
+    BatchesDiffer,
     Duplicate,
     Effect,
     HyperparametersDiffer,
@@ -54,7 +55,7 @@ from ps_server.gate import Gate
 from ps_server.held import Held
 from ps_server.part import PartState
 from ps_server.policy import Verdict, consistency_of, is_complete, judge, scaled
-from ps_server.terms import Begin, Member, differing
+from ps_server.terms import Begin, Member, differing, unequal
 
 
 class Shard:
@@ -164,7 +165,7 @@ class Shard:
     # -- The workers' word -------------------------------------------------------------------------
 
     def begin(self, worker: int, begin: Begin) -> list[Effect]:
-        """Open a worker's step; 0 samples: it abstains. Rules 2, 4, 8, 10 and 14."""
+        """Open a worker's step; with weight 0 it abstains. Rules 2, 4, 8, 10 and 14."""
         return [*self._begin(worker, begin), *self._open_gate()]
 
     def _begin(self, worker: int, begin: Begin) -> list[Effect]:
@@ -183,6 +184,9 @@ class Shard:
         self._check_step(worker, begin.step)
         pair = differing(self._steps, worker, begin) if self.policy.lockstep else None
         effects: list[Effect] = [HyperparametersDiffer(begin.step, pair)] if pair else []
+        other = unequal(self._steps, worker, begin) if self.policy.lockstep else None
+        if other is not None:
+            effects.append(BatchesDiffer(begin.step, (min(worker, other), max(worker, other))))
         if worker not in self._steps or self._steps[worker].step != begin.step:
             self._progress[worker] = 0
             if not self._is_over(worker, begin.step):
@@ -190,7 +194,7 @@ class Shard:
         self._steps[worker] = begin
         if self._is_late(worker, begin.step):
             return [*effects, Late(worker, begin.step)]
-        return effects + (self._abstain(worker, begin.step) if begin.samples == 0 else [])
+        return effects + (self._abstain(worker, begin.step) if not begin.weight else [])
 
     def push(
         self, worker: int, step: int, part: int, present: Sequence[bool], gradient: torch.Tensor
@@ -206,7 +210,7 @@ class Shard:
         if self._held.follows(worker, again):
             return []
         opened = self._steps.get(worker)
-        if opened is None or opened.step != step or opened.samples == 0:
+        if opened is None or opened.step != step or not opened.weight:
             raise ProtocolError(
                 f"worker {worker} pushes part {part} of step {step} without a begin"
             )
@@ -218,7 +222,7 @@ class Shard:
         group = opened.groups[state.part.group]
         if self.job.consistency.staleness_scaling:
             group = scaled(group, state.staleness(worker))
-        state.contribute(worker, opened.samples, group, present, gradient)
+        state.contribute(worker, opened.weight, group, present, gradient)
         return self._use(worker, step, [part])
 
     def fetch(self, worker: int, parts: Collection[int]) -> list[Effect]:
@@ -263,7 +267,7 @@ class Shard:
         return verdict
 
     def _repeat(self, state: PartState, worker: int, step: int) -> list[Effect]:
-        refused = self._is_over(worker, step) and self.policy.sealed and self._steps[worker].samples
+        refused = self._is_over(worker, step) and self.policy.sealed and self._steps[worker].weight
         counted = Refused(1) if refused else Duplicate(worker, step, state.part.index)
         answered = max(step + 1, self._known[worker].first_step)  # it may be told to go on further
         return [counted, *self._answer(state, worker, answered)]
@@ -307,7 +311,7 @@ class Shard:
         """Rules 12 and 13. Who abstains makes no update."""
         state, begin = self.parts[part], self._steps[worker]
         self._gate.wait(worker, begin.step + 1, part)
-        if not begin.samples:
+        if not begin.weight:
             state.note_abstention(worker, begin.step)
             return []
         stale = Stale(state.staleness(worker))
@@ -396,4 +400,5 @@ class Shard:
         if begin is None or not entered or self._is_over(rank, begin.step):
             return Remains(rank, incarnation, 0, 0, (), 0, num_parts)
         used = sum(state.has_used(rank, begin.step) for state in self.parts.values())
-        return Remains(rank, incarnation, begin.step, begin.samples, begin.leases, used, num_parts)
+        known = begin.step, begin.samples, begin.leases
+        return Remains(rank, incarnation, *known, used, num_parts, begin.given_weight)

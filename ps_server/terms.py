@@ -28,6 +28,12 @@ class Begin:
     samples: int
     groups: tuple[Hyperparameters, ...]
     leases: tuple[int, ...] = ()
+    given_weight: float | None = None
+
+    @property
+    def weight(self) -> float:
+        """As in Work."""
+        return self.samples if self.given_weight is None else self.given_weight
 
 
 def differing(begun: Mapping[int, Begin], worker: int, begin: Begin) -> tuple[int, int] | None:
@@ -36,6 +42,23 @@ def differing(begun: Mapping[int, Begin], worker: int, begin: Begin) -> tuple[in
         if other != worker and known.step == begin.step and known.groups != begin.groups:
             return min(worker, other), max(worker, other)
     return None
+
+
+def unequal(begun: Mapping[int, Begin], worker: int, begin: Begin) -> int | None:
+    """Another worker that has a batch of another size in the same step, which weighs as much since
+    neither script has said what it weighs.
+    """
+    if not _weighs_one(begin):
+        return None
+    for other, known in begun.items():
+        is_same_step = other != worker and known.step == begin.step and _weighs_one(known)
+        if is_same_step and known.samples != begin.samples:
+            return other
+    return None
+
+
+def _weighs_one(begin: Begin) -> bool:
+    return begin.weight == 1 and begin.samples > 0 and not begin.leases
 
 
 Cause = Literal["stream", "heartbeat", "step_deadline", "failed", "replaced"]

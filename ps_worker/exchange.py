@@ -167,7 +167,7 @@ class ParameterServerExchange:
 
         A shard without parts has no answer to wait for: what it heard could be overtaken by news.
         """
-        self._abstained = work.samples == 0
+        self._abstained = not work.weight
         self._inbox.expect(self._part_numbers, step + 1)
         begin = dialogue.encode_begin(step, self._epoch, work, hyperparameters)
         request = shard_pb2.ExchangeRequest(begin=begin)

@@ -17,11 +17,15 @@ from ps_core.exchange import DataLeases, Grant
 from ps_core.leases import Lease, PassSpec
 from ps_core.point import Point
 from shardline.attendance import Attendance
+from shardline.batch_size import num_left
+from shardline.notices import Notices
 from shardline.preemption import Preemption
 from shardline.steps import Steps
 
 LOADERS_PER_LOOP = 2**16
 """Numbers for those that are made within a `session.epochs`, whichever of its bodies are run."""
+
+_OF_ORDER = frozenset({"sampler", "batch_sampler", "generator"})
 
 _AHEAD = 2
 """Leases asked for before they are needed, so that no batch waits for the lead."""
@@ -123,6 +127,7 @@ class Place:
     attendance: Attendance
     steps: Steps
     preemption: Preemption
+    notices: Notices
 
 
 class Loader:
@@ -154,13 +159,24 @@ class Loader:
                 )
         if not options.get("in_order", True):
             raise UsageError("session.loader gives batches in their order: leave out in_order")
-        self._dataset = dataset
+        self.dataset = dataset
+        self.batch_size = spec.batch_size
+        self.drop_last = spec.drop_last
+        self._torchs = DataLoader(dataset, **options)
         self._spec = spec
         self._place = place
         self._shuffle = shuffle
         self._options = options
         self._stream = LeaseStream(place.requests, place.index, spec)
         self._order: tuple[int, list[int]] = (-1, [])
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever torch's DataLoader has
+        """What torch's DataLoader knows of its options, such as `num_workers`."""
+        if name.startswith("_") or name in _OF_ORDER:
+            raise AttributeError(
+                f"a session.loader has no attribute {name!r}: it shares out the samples itself"
+            )
+        return getattr(self._torchs, name)
 
     def __len__(self) -> int:
         """Batches of this worker in one pass if nobody comes or goes, rounded up."""
@@ -172,6 +188,7 @@ class Loader:
         broken off. Raises UsageError when another loader's pass ends in the middle of this one.
         """
         place, index = self._place, self._place.index
+        self._note_too_few()
         place.attendance.ensure_met()
         place.steps.begin_pass(index)
         self._stream.begin_pass(place.attendance.begin_pass(index))
@@ -198,6 +215,22 @@ class Loader:
             if not is_over:
                 self._break_off()
 
+    def _note_too_few(self) -> None:
+        """Some workers get nothing, or all."""
+        spec, num_workers = self._spec, self._place.num_workers
+        unit = spec.global_batch_size or spec.batch_size
+        num_batches = -(-spec.num_positions // unit)
+        if not num_batches:
+            self._place.notices.once(
+                f"{spec.num_samples} samples are less than a batch of {unit}, and drop_last leaves "
+                "out what is less: no worker is given any"
+            )
+        elif num_batches < num_workers and not spec.global_batch_size:
+            self._place.notices.once(
+                f"{spec.num_samples} samples in batches of {unit} are {num_batches} for "
+                f"{num_workers} workers, some of which get none: make batch_size smaller"
+            )
+
     def _break_off(self) -> None:
         """A worker that was told to end has no time to wait for anybody: its last word says all."""
         self._place.steps.drop_rest(self._place.index)
@@ -216,7 +249,7 @@ class Loader:
                 drawn.append(lease)
                 yield self._indices(lease)
 
-        batches = iter(DataLoader(self._dataset, batch_sampler=draw(), **self._options))
+        batches = iter(DataLoader(self.dataset, batch_sampler=draw(), **self._options))
         while True:
             if place.attendance.num_ends != num_ends:
                 raise UsageError(
@@ -227,12 +260,25 @@ class Loader:
             started = time.perf_counter()
             try:
                 batch = next(batches)
-            except StopIteration:
+            except StopIteration as error:
+                if drawn:
+                    raise UsageError(
+                        f"the dataset raised StopIteration for samples {self._indices(drawn[0])} "
+                        f"of {self._spec.num_samples}: let __getitem__ raise another error, and "
+                        "__len__ say how many there are"
+                    ) from error
                 return
             lease = drawn.popleft()
             if place.requests.holds(lease):
-                place.steps.yielded(lease, time.perf_counter() - started)
-                yield batch
+                samples = self._num_samples(batch, lease)
+                place.steps.yielded(lease, time.perf_counter() - started, samples)
+                if batch is not None:  # a collate_fn that has dropped all
+                    yield batch
+
+    def _num_samples(self, batch: Any, lease: Lease) -> int:  # noqa: ANN401 - the script's
+        """Only a collate_fn of the script's own drops any."""
+        is_own = self._options.get("collate_fn") is not None
+        return num_left(batch, lease.length) if is_own else lease.length
 
     def _indices(self, lease: Lease) -> list[int]:
         """The samples at a lease's positions."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ps_core.errors import UsageError
+from shardline.batch_size import num_rows
+from shardline.weights import Weight, weight_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batch = Sequence[Tensor]
@@ -25,20 +27,38 @@ class TrainStep(Protocol):
         ...
 
 
+class Counts(Protocol):
+    """Notes what gradients are of."""
+
+    def __call__(self, samples: int, weight: float | None) -> None:
+        """Gradients of so many samples, whose mean weighs `weight`; None: as many."""
+        ...
+
+
 class WholeModel:
     """A model that this worker has all of."""
 
     def __init__(
-        self, model: nn.Module, device: torch.device, before_backward: Callable[[], None] | None
+        self,
+        model: nn.Module,
+        device: torch.device,
+        counts: Counts | None = None,
+        before_backward: Callable[[], None] | None = None,
     ) -> None:
         self._model = model
         self._device = device
+        self._counts = counts
         self._before_backward = before_backward
 
-    def train(self, batch: Batch, loss_fn: Loss) -> Tensor:
-        """Forward and backward."""
+    def train(self, batch: Batch, loss_fn: Loss, weight: Weight | None) -> Tensor:
+        """Forward and backward; only forward where the batch weighs nothing."""
         *inputs, target = (tensor.to(self._device) for tensor in batch)
         loss = loss_fn(self._model(*inputs), target)
+        weighs = None if weight is None else weight_of(target, weight)
+        if self._counts is not None:
+            self._counts(num_rows(inputs), weighs)
+        if weighs == 0:
+            return loss.detach()
         if self._before_backward is not None:
             self._before_backward()
         loss.backward()

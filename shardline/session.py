@@ -37,19 +37,30 @@ from shardline.description import (
     reason,
     trained,
 )
+from shardline.gradients import Gradients
 from shardline.handed_over import kept, number
 from shardline.journal import Journal
 from shardline.loader import LOADERS_PER_LOOP, Loader, Place, Requests, read_spec
 from shardline.model_file import ModelFile
-from shardline.model_steps import Loss, TrainStep, WholeModel, inputs_of
+from shardline.model_steps import Batch, Loss, TrainStep, WholeModel, inputs_of
+from shardline.notices import Notices
 from shardline.preemption import Preemption
 from shardline.records import Kept
+from shardline.rows import RowsSeen
 from shardline.schedules import S, Schedules
 from shardline.steps import Steps
 from shardline.strategies import check_strategy, make_exchange
+from shardline.weights import Advised, Weight
 
 if TYPE_CHECKING:
     from shardline.staging import Staging
+
+
+_CHANGED_GRADIENTS = (
+    "the script changes gradients between backward() and step(): that acts on each worker's own, "
+    "before the mean over workers. torch.nn.utils.clip_grad_norm_ clips each worker's by itself; "
+    "session.optimizer(…, max_grad_norm=…) clips their mean, as one process does"
+)
 
 
 def _say(text: str) -> None:
@@ -124,12 +135,14 @@ class Session:
             self._attendance.bind(self.exchange)
         self._schedules = Schedules()
         self._steps = self._make_steps(metrics)
+        self._notices = Notices(_say, speaks=config.cluster.rank == 0)
         self._requests = Requests(self._leases)
         self._num_loaders = 0
         self._start = Start(0, chosen=True)
         self._optimizer: ExchangeOptimizer | None = None
         self._reported: dict[str, Kept] = {}
         self._model: torch.nn.Module | None = None
+        self._rows: RowsSeen | None = None
 
     def _make_steps(self, metrics: WorkerMetrics) -> Steps:
         return Steps(
@@ -185,8 +198,7 @@ class Session:
         start = self._start = self.exchange.join(plan, buckets, spec, lambda: extras(model, theirs))
         for bucket in buckets:
             bucket.accept()
-        own = [parameter for bucket in buckets for parameter in bucket.members]
-        self._steps.watch(own, self.exchange)
+        self._watch(model, buckets)
         self._optimizer = self._wrap(optimizer, plan, buckets, spec, max_grad_norm)
         self._attendance.bind(self.exchange, self._optimizer)
         self._journal.joined()
@@ -194,6 +206,22 @@ class Session:
             self._attendance.others_are_at(start.position.point)
             _say(f"worker {self.rank} joins a running job at step {start.step}")
         return self._optimizer
+
+    def _watch(self, model: torch.nn.Module, buckets: Sequence[Bucket]) -> None:
+        """Notice what the model is given and what becomes of its gradients."""
+        self._steps.watch(
+            Gradients(buckets),
+            self.exchange,
+            partial(self._notices.once, _CHANGED_GRADIENTS) if self._is_averaged else None,
+        )
+        if self._staging is None:
+            self._rows = RowsSeen(model, self._steps.given_rows)
+
+    @property
+    def _is_averaged(self) -> bool:
+        """A gradient that goes into an update is of several workers."""
+        shared = self.world_size > 1 and self.config.consistency.mode == "sync"
+        return shared or self._staging is not None
 
     def _wrap(
         self,
@@ -235,20 +263,41 @@ class Session:
         if self._staging is not None:
             self._staging.split(at, like)
 
-    def step(self, model: torch.nn.Module, loss_fn: Loss, *, overlap: bool = False) -> TrainStep:
+    def step(
+        self,
+        model: torch.nn.Module,
+        loss_fn: Loss,
+        *,
+        overlap: bool = False,
+        weight: Weight | None = None,
+    ) -> TrainStep:
         """Forward and backward of the whole model: a callable that takes a batch, the inputs and
         last the target, leaves gradients where `optimizer.step()` finds them, and returns the loss,
         or None on a worker without the last layers. `loss_fn(output, target)` is a mean over the
-        samples.
+        samples, or over what `weight(target)` counts: tokens, or class weights. A batch that weighs
+        0 has no part in the step.
 
         With `overlap` gradients of a whole model are sent while backward still computes others:
         `optimizer.step()` must then follow every call, with nothing in between that needs the other
         workers; to accumulate gradients use it for the last batch only.
         """
+        train: Callable[..., torch.Tensor | None]
         if self._staging is not None:
-            return partial(self._staging.train, loss_fn=loss_fn)
-        before_backward = self._begin_step if overlap else None
-        return partial(WholeModel(model, self.device, before_backward).train, loss_fn=loss_fn)
+            train = partial(self._train_stage, self._staging)
+        else:
+            before = self._begin_step if overlap else None
+            train = WholeModel(model, self.device, self._steps.counted, before).train
+        is_advised = weight is None and (self.world_size > 1 or self._staging is not None)
+        if is_advised:
+            train = Advised(train, loss_fn, self._notices)
+        return partial(train, loss_fn=loss_fn, weight=weight)
+
+    def _train_stage(
+        self, staging: Staging, batch: Batch, loss_fn: Loss, weight: Weight | None
+    ) -> torch.Tensor | None:
+        loss = staging.train(batch, loss_fn, weight, self._steps.counted)
+        self._steps.backward_complete()  # some schedules go on after torch's backward pass
+        return loss
 
     def _begin_step(self) -> None:
         if self._optimizer is None:
@@ -261,7 +310,7 @@ class Session:
         """The model's output for its inputs, without gradients; None on a worker without the last
         layers. All workers of a replica must call it.
         """
-        runner = self._staging or WholeModel(model, self.device, None)
+        runner = self._staging or WholeModel(model, self.device)
         return runner.evaluate(inputs_of(batch))
 
     def scheduler(self, make: Callable[[torch.optim.Optimizer], S]) -> S:
@@ -320,6 +369,7 @@ class Session:
             self._attendance,
             self._steps,
             self._preemption,
+            self._notices,
         )
         self._num_loaders += 1
         return Loader(dataset, spec, place, shuffle=shuffle, options=options)
@@ -388,6 +438,8 @@ class Session:
                 self._preemption.close()
                 self._attendance.release()
                 self._steps.close()
+                if self._rows is not None:
+                    self._rows.close()
                 self._journal.close()
                 if self._endpoint:
                     self._endpoint.close()

@@ -29,8 +29,10 @@ from ps_core.errors import UsageError
 from ps_core.group_metrics import PipelineMetrics
 from ps_core.plan import ParameterSpec
 from ps_core.settings import Config
-from shardline.model_steps import Batch, Loss, only_input
+from shardline.batch_size import num_rows
+from shardline.model_steps import Batch, Counts, Loss, only_input
 from shardline.replica import StageOfReplica
+from shardline.weights import Weight, weight_of
 
 _SECONDS = "seconds of each layer"
 
@@ -149,11 +151,14 @@ class Staging:
 
     # -- Training ----------------------------------------------------------------------------------
 
-    def train(self, batch: Batch, loss_fn: Loss) -> Tensor | None:
+    def train(
+        self, batch: Batch, loss_fn: Loss, weight: Weight | None, counts: Counts
+    ) -> Tensor | None:
         """Forward and backward through all stages; the loss on the worker with the last layers."""
         *inputs, target = batch
         pipeline = self._ready
-        loss = pipeline(only_input(inputs), target, loss_fn)
+        counts(num_rows(inputs), None if weight is None else weight_of(target, weight))
+        loss = pipeline(only_input(inputs), target, loss_fn, weight)
         times = pipeline.last
         if times is not None:
             self._metrics.step(

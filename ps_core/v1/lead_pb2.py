@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15ps_core/v1/lead.proto\x12\nps_core.v1\"b\n\nShardHello\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12!\n\x19\x65xpected_lead_incarnation\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"9\n\x04Lost\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x82\x01\n\x07Remains\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0e\n\x06leases\x18\x04 \x03(\x04\x12\x12\n\nused_parts\x18\x05 \x01(\r\x12\x11\n\tnum_parts\x18\x06 \x01(\r\x12\x0f\n\x07samples\x18\x07 \x01(\x04\"#\n\x05Ready\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04rank\x18\x02 \x01(\r\"&\n\x07Squares\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05total\x18\x02 \x01(\x01\"\x19\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x82\x02\n\x0e\x43ontrolRequest\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.ps_core.v1.ShardHelloH\x00\x12&\n\x07squares\x18\x02 \x01(\x0b\x32\x13.ps_core.v1.SquaresH\x00\x12&\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.ps_core.v1.FailureH\x00\x12 \n\x04lost\x18\x04 \x01(\x0b\x32\x10.ps_core.v1.LostH\x00\x12&\n\x07remains\x18\x05 \x01(\x0b\x32\x13.ps_core.v1.RemainsH\x00\x12\"\n\x05ready\x18\x06 \x01(\x0b\x32\x11.ps_core.v1.ReadyH\x00\x42\t\n\x07message\"#\n\x07Welcome\x12\x18\n\x10lead_incarnation\x18\x01 \x01(\x04\"u\n\nMembership\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12#\n\x07members\x18\x02 \x03(\x0b\x32\x12.ps_core.v1.Member\x12#\n\x07\x65victed\x18\x03 \x03(\x0b\x32\x12.ps_core.v1.Member\x12\x0e\n\x06reason\x18\x04 \x01(\t\"O\n\x06Member\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x12\n\nfirst_step\x18\x03 \x01(\x04\x12\x0e\n\x06\x65nters\x18\x04 \x01(\x08\"*\n\x04Seal\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x14\n\x0c\x63ontributors\x18\x02 \x03(\r\"&\n\x06\x46\x61\x63tor\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06\x66\x61\x63tor\x18\x02 \x01(\x01\"\n\n\x08\x43omplete\"\x8c\x02\n\x0f\x43ontrolResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.ps_core.v1.WelcomeH\x00\x12,\n\nmembership\x18\x02 \x01(\x0b\x32\x16.ps_core.v1.MembershipH\x00\x12$\n\x06\x66\x61\x63tor\x18\x03 \x01(\x0b\x32\x12.ps_core.v1.FactorH\x00\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x13.ps_core.v1.FailureH\x00\x12(\n\x08\x63omplete\x18\x05 \x01(\x0b\x32\x14.ps_core.v1.CompleteH\x00\x12 \n\x04seal\x18\x06 \x01(\x0b\x32\x10.ps_core.v1.SealH\x00\x42\t\n\x07message2U\n\x0bLeadService\x12\x46\n\x07\x43ontrol\x12\x1a.ps_core.v1.ControlRequest\x1a\x1b.ps_core.v1.ControlResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15ps_core/v1/lead.proto\x12\nps_core.v1\"b\n\nShardHello\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12!\n\x19\x65xpected_lead_incarnation\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"9\n\x04Lost\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xa2\x01\n\x07Remains\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0e\n\x06leases\x18\x04 \x03(\x04\x12\x12\n\nused_parts\x18\x05 \x01(\r\x12\x11\n\tnum_parts\x18\x06 \x01(\r\x12\x0f\n\x07samples\x18\x07 \x01(\x04\x12\x13\n\x06weight\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"#\n\x05Ready\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04rank\x18\x02 \x01(\r\"&\n\x07Squares\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05total\x18\x02 \x01(\x01\"\x19\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x82\x02\n\x0e\x43ontrolRequest\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.ps_core.v1.ShardHelloH\x00\x12&\n\x07squares\x18\x02 \x01(\x0b\x32\x13.ps_core.v1.SquaresH\x00\x12&\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.ps_core.v1.FailureH\x00\x12 \n\x04lost\x18\x04 \x01(\x0b\x32\x10.ps_core.v1.LostH\x00\x12&\n\x07remains\x18\x05 \x01(\x0b\x32\x13.ps_core.v1.RemainsH\x00\x12\"\n\x05ready\x18\x06 \x01(\x0b\x32\x11.ps_core.v1.ReadyH\x00\x42\t\n\x07message\"#\n\x07Welcome\x12\x18\n\x10lead_incarnation\x18\x01 \x01(\x04\"u\n\nMembership\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12#\n\x07members\x18\x02 \x03(\x0b\x32\x12.ps_core.v1.Member\x12#\n\x07\x65victed\x18\x03 \x03(\x0b\x32\x12.ps_core.v1.Member\x12\x0e\n\x06reason\x18\x04 \x01(\t\"O\n\x06Member\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x12\n\nfirst_step\x18\x03 \x01(\x04\x12\x0e\n\x06\x65nters\x18\x04 \x01(\x08\"*\n\x04Seal\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x14\n\x0c\x63ontributors\x18\x02 \x03(\r\"&\n\x06\x46\x61\x63tor\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06\x66\x61\x63tor\x18\x02 \x01(\x01\"\n\n\x08\x43omplete\"\x8c\x02\n\x0f\x43ontrolResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.ps_core.v1.WelcomeH\x00\x12,\n\nmembership\x18\x02 \x01(\x0b\x32\x16.ps_core.v1.MembershipH\x00\x12$\n\x06\x66\x61\x63tor\x18\x03 \x01(\x0b\x32\x12.ps_core.v1.FactorH\x00\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x13.ps_core.v1.FailureH\x00\x12(\n\x08\x63omplete\x18\x05 \x01(\x0b\x32\x14.ps_core.v1.CompleteH\x00\x12 \n\x04seal\x18\x06 \x01(\x0b\x32\x10.ps_core.v1.SealH\x00\x42\t\n\x07message2U\n\x0bLeadService\x12\x46\n\x07\x43ontrol\x12\x1a.ps_core.v1.ControlRequest\x1a\x1b.ps_core.v1.ControlResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,29 +36,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOST']._serialized_start=137
   _globals['_LOST']._serialized_end=194
   _globals['_REMAINS']._serialized_start=197
-  _globals['_REMAINS']._serialized_end=327
-  _globals['_READY']._serialized_start=329
-  _globals['_READY']._serialized_end=364
-  _globals['_SQUARES']._serialized_start=366
-  _globals['_SQUARES']._serialized_end=404
-  _globals['_FAILURE']._serialized_start=406
-  _globals['_FAILURE']._serialized_end=431
-  _globals['_CONTROLREQUEST']._serialized_start=434
-  _globals['_CONTROLREQUEST']._serialized_end=692
-  _globals['_WELCOME']._serialized_start=694
-  _globals['_WELCOME']._serialized_end=729
-  _globals['_MEMBERSHIP']._serialized_start=731
-  _globals['_MEMBERSHIP']._serialized_end=848
-  _globals['_MEMBER']._serialized_start=850
-  _globals['_MEMBER']._serialized_end=929
-  _globals['_SEAL']._serialized_start=931
-  _globals['_SEAL']._serialized_end=973
-  _globals['_FACTOR']._serialized_start=975
-  _globals['_FACTOR']._serialized_end=1013
-  _globals['_COMPLETE']._serialized_start=1015
-  _globals['_COMPLETE']._serialized_end=1025
-  _globals['_CONTROLRESPONSE']._serialized_start=1028
-  _globals['_CONTROLRESPONSE']._serialized_end=1296
-  _globals['_LEADSERVICE']._serialized_start=1298
-  _globals['_LEADSERVICE']._serialized_end=1383
+  _globals['_REMAINS']._serialized_end=359
+  _globals['_READY']._serialized_start=361
+  _globals['_READY']._serialized_end=396
+  _globals['_SQUARES']._serialized_start=398
+  _globals['_SQUARES']._serialized_end=436
+  _globals['_FAILURE']._serialized_start=438
+  _globals['_FAILURE']._serialized_end=463
+  _globals['_CONTROLREQUEST']._serialized_start=466
+  _globals['_CONTROLREQUEST']._serialized_end=724
+  _globals['_WELCOME']._serialized_start=726
+  _globals['_WELCOME']._serialized_end=761
+  _globals['_MEMBERSHIP']._serialized_start=763
+  _globals['_MEMBERSHIP']._serialized_end=880
+  _globals['_MEMBER']._serialized_start=882
+  _globals['_MEMBER']._serialized_end=961
+  _globals['_SEAL']._serialized_start=963
+  _globals['_SEAL']._serialized_end=1005
+  _globals['_FACTOR']._serialized_start=1007
+  _globals['_FACTOR']._serialized_end=1045
+  _globals['_COMPLETE']._serialized_start=1047
+  _globals['_COMPLETE']._serialized_end=1057
+  _globals['_CONTROLRESPONSE']._serialized_start=1060
+  _globals['_CONTROLRESPONSE']._serialized_end=1328
+  _globals['_LEADSERVICE']._serialized_start=1330
+  _globals['_LEADSERVICE']._serialized_end=1415
 # @@protoc_insertion_point(module_scope)

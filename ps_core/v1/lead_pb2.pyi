@@ -29,7 +29,7 @@ class Lost(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Remains(_message.Message):
-    __slots__ = ("rank", "incarnation", "step", "leases", "used_parts", "num_parts", "samples")
+    __slots__ = ("rank", "incarnation", "step", "leases", "used_parts", "num_parts", "samples", "weight")
     RANK_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class Remains(_message.Message):
     USED_PARTS_FIELD_NUMBER: _ClassVar[int]
     NUM_PARTS_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     rank: int
     incarnation: int
     step: int
@@ -44,7 +45,8 @@ class Remains(_message.Message):
     used_parts: int
     num_parts: int
     samples: int
-    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., leases: _Optional[_Iterable[int]] = ..., used_parts: _Optional[int] = ..., num_parts: _Optional[int] = ..., samples: _Optional[int] = ...) -> None: ...
+    weight: float
+    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., leases: _Optional[_Iterable[int]] = ..., used_parts: _Optional[int] = ..., num_parts: _Optional[int] = ..., samples: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("step", "rank")

@@ -204,7 +204,7 @@ class Hello(_message.Message):
     def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("step", "epoch", "samples", "groups", "leases", "phases", "schedules", "point")
+    __slots__ = ("step", "epoch", "samples", "groups", "leases", "phases", "schedules", "point", "weight")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +213,7 @@ class Begin(_message.Message):
     PHASES_FIELD_NUMBER: _ClassVar[int]
     SCHEDULES_FIELD_NUMBER: _ClassVar[int]
     POINT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     samples: int
@@ -221,7 +222,8 @@ class Begin(_message.Message):
     phases: Phases
     schedules: _containers.RepeatedScalarFieldContainer[int]
     point: Point
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., samples: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[Hyperparameters, _Mapping]]] = ..., leases: _Optional[_Iterable[int]] = ..., phases: _Optional[_Union[Phases, _Mapping]] = ..., schedules: _Optional[_Iterable[int]] = ..., point: _Optional[_Union[Point, _Mapping]] = ...) -> None: ...
+    weight: float
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., samples: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[Hyperparameters, _Mapping]]] = ..., leases: _Optional[_Iterable[int]] = ..., phases: _Optional[_Union[Phases, _Mapping]] = ..., schedules: _Optional[_Iterable[int]] = ..., point: _Optional[_Union[Point, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Point(_message.Message):
     __slots__ = ("loop", "data_epoch", "count")

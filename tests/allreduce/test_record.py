@@ -41,6 +41,7 @@ records = st.builds(
     has_guest=st.booleans(),
     has_state=st.booleans(),
     readings=st.lists(readings, max_size=12).map(tuple),
+    given_weight=st.none() | st.floats(0.001, 0.999),
 )
 
 

@@ -164,3 +164,18 @@ def test_who_leaves_and_what_all_have_come_for_is_said_by_every_worker() -> None
 def test_the_state_of_a_replica_is_that_of_all_its_workers() -> None:
     rows = {rank: waits(Purpose.LOAD, has_state=rank >= 2) for rank in range(4)}
     assert Table(rows, num_stages=2).writer == 1
+
+
+def test_batches_of_unequal_sizes_that_weigh_the_same_are_noticed() -> None:
+    def silent(samples: int) -> Record:
+        return Record(Call.STEP, 3, samples=samples, given_weight=1.0)
+
+    assert Table({0: silent(4), 1: silent(5)}).unequal == (0, 1)
+    assert Table({0: silent(4), 1: silent(4), 2: silent(0), 3: step(7)}).unequal is None
+    assert Table({0: step(4), 1: step(5)}).unequal is None
+
+
+def test_weights_that_are_no_numbers_of_samples_add_up() -> None:
+    rows = {r: Record(Call.STEP, 3, samples=4, given_weight=w) for r, w in enumerate((0.25, 0.0))}
+    assert Table(rows).total == 0.25
+    assert Table(rows).leader == 0

@@ -183,9 +183,9 @@ def with_closure(session: Session) -> Returned:
     return {}
 
 
-def no_samples(session: Session) -> Returned:
+def negative_samples(session: Session) -> Returned:
     _, optimizer = joined(session)
-    optimizer.step(samples=0)
+    optimizer.step(samples=-1)
     return {}
 
 
@@ -256,7 +256,7 @@ MID_RUN: dict[Case, list[str]] = {
     replace_data: ["second.weight", "changed between steps", "before session.optimizer"],
     load_weights_late: ["changed between steps", "before session.optimizer"],
     with_closure: ["step(closure)", "before step()"],
-    no_samples: ["samples=0", "at least one"],
+    negative_samples: ["samples=-1", "not negative"],
     second_optimizer: ["called twice"],
     iterable_dataset: ["map-style", "session.rank", "step(samples=n)"],
     empty_dataset: ["empty"],

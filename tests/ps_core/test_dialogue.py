@@ -43,6 +43,7 @@ works = st.builds(
     compute_seconds=seconds,
     schedules=st.lists(numbers, max_size=5).map(tuple),
     point=points,
+    given_weight=st.none() | st.floats(0, 1e300),
 )
 
 
@@ -60,6 +61,12 @@ def test_a_begin_comes_back_as_it_was_sent(step: int, epoch: int, work: Work) ->
 
 def test_what_a_begin_leaves_out_is_nothing() -> None:
     assert dialogue.decode_work(shard_pb2.Begin()) == Work(0)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_gradients_with_a_weight_that_is_none_are_refused(weight: float) -> None:
+    with pytest.raises(ProtocolError, match="averaged with weight"):
+        dialogue.decode_work(over_the_wire(shard_pb2.Begin(weight=weight)))
 
 
 HUGE: dict[str, tuple[dict[str, Any], str]] = {

@@ -133,10 +133,10 @@ class Observed:
     def gradients_cleared(self) -> None:
         self.num_cleared += 1
 
-    def after_step(self, outcome: Outcome, samples: int, exchange_seconds: float) -> None:
+    def after_step(self, outcome: Outcome, work: Work, exchange_seconds: float) -> None:
         assert exchange_seconds >= 0
         self.outcomes.append(outcome)
-        self.samples.append(samples)
+        self.samples.append(work.samples)
 
     is_scheduled = False
 
@@ -682,10 +682,10 @@ def test_zero_grad_drops_the_gradients_and_tells_the_observer() -> None:
     assert worker.observer.num_cleared == 2
 
 
-@pytest.mark.parametrize("num_samples", [0, -1])
-def test_a_step_without_samples_is_refused(num_samples: int) -> None:
+@pytest.mark.parametrize("num_samples", [-1, math.nan, math.inf])
+def test_a_weight_that_is_no_weight_is_refused(num_samples: float) -> None:
     worker = enter(initial_net(), adamw, local_steps=2)
-    with pytest.raises(UsageError, match="at least one sample"):
+    with pytest.raises(UsageError, match="not negative"):
         worker.optimizer.step(samples=num_samples)
 
 

@@ -39,8 +39,8 @@ class Observed:
     def gradients_cleared(self) -> None:
         pass
 
-    def after_step(self, outcome: Outcome, samples: int, exchange_seconds: float) -> None:
-        self.steps.append((outcome, samples))
+    def after_step(self, outcome: Outcome, work: Work, exchange_seconds: float) -> None:
+        self.steps.append((outcome, work.samples))
 
     def meet(self, purpose: Purpose, values: Sequence[float] = ()) -> Meeting:
         """Alone: nobody else is to come."""

@@ -83,6 +83,7 @@ def test_an_update_names_its_samples(tmp_path: Path) -> None:
         "incarnation": "9223372036854775809",
         "step": 3,
         "samples": 32,
+        "weight": 32,
         "state": "applied",
         "ranges": [[32, 48], [64, 80]],
     }
@@ -215,3 +216,9 @@ def test_a_run_does_not_begin_where_another_has_begun(tmp_path: Path) -> None:
     with pytest.raises(DataLossError, match=r"updates\.jsonl tells of a run .*empty job\.run_dir"):
         UpdatesLog(str(tmp_path), is_new=True)
     assert write(tmp_path) == lines, "it is as it was"
+
+
+def test_an_update_says_what_it_weighs_where_that_is_not_its_samples(tmp_path: Path) -> None:
+    entry = Contribution(1, INCARNATION, 3, 4, 16, (), "applied", given_weight=2.5)
+    [line] = write(tmp_path, entry)
+    assert (line["samples"], line["weight"]) == (16, 2.5)

@@ -147,13 +147,13 @@ class WatchedPart(PartState):
     def contribute(
         self,
         rank: int,
-        samples: int,
+        weight: float,
         hyperparameters: Hyperparameters,
         present: Sequence[bool],
         gradient: torch.Tensor,
     ) -> None:
-        self._note(rank, samples, float(gradient[0]))
-        super().contribute(rank, samples, hyperparameters, present, gradient)
+        self._note(rank, int(weight), float(gradient[0]))
+        super().contribute(rank, weight, hyperparameters, present, gradient)
 
     def abstain(self, rank: int) -> None:
         self._note(rank, 0, 0.0)

@@ -215,6 +215,7 @@ class ShardPlayer:
             given.number("samples", 1),
             (group,) * given.number("groups", 1),
             given.numbers("leases"),
+            1.0 if given.number("unweighed", 0) else None,
         )
         return self.shard.begin(given.number("worker"), begin)
 
@@ -252,8 +253,11 @@ class ShardPlayer:
                 return f"late worker={worker} step={step}"
             case effects.Refused(parts):
                 return f"refused parts={parts}"
-            case effects.HyperparametersDiffer(step, workers):
-                return f"hyperparameters differ step={step} workers {ranks(workers)}"
+            case effects.HyperparametersDiffer(step, workers) | effects.BatchesDiffer(
+                step, workers
+            ):
+                what = "batches" if isinstance(effect, effects.BatchesDiffer) else "hyperparameters"
+                return f"{what} differ step={step} workers {ranks(workers)}"
             case effects.Remains() | effects.Lost():
                 return _show_report(effect)
 

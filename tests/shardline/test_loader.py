@@ -30,8 +30,10 @@ from ps_core.metrics import WorkerMetrics
 from shardline.attendance import Attendance
 from shardline.journal import Journal
 from shardline.loader import LeaseStream, Loader, Place, Requests, read_spec
+from shardline.notices import Notices
 from shardline.preemption import Preemption
 from shardline.steps import Steps
+from tests.shardline.buckets_of import gradients_of
 
 SEED = 5
 PATIENCE_SECONDS = 60.0
@@ -174,13 +176,14 @@ class Worker:
             self.preemption.check,
         )
         self.weight = nn.Parameter(torch.zeros(3))
-        self.steps.watch([self.weight], self.seat)
+        self.steps.watch(gradients_of([self.weight]), self.seat)
         self.attendance.bind(self.seat, self)
         self.requests = Requests(lambda: self.seat)
         self.next_step = 0
         self.num_loaders = 0
-        self.samples: list[int] = []
+        self.samples: list[float] = []
         """Weights of the steps."""
+        self.said: list[str] = []
 
     def flush(self) -> None:
         """Nothing is left for later."""
@@ -204,6 +207,7 @@ class Worker:
             self.attendance,
             self.steps,
             self.preemption,
+            Notices(self.said.append, speaks=True),
         )
         self.num_loaders += 1
         spec = read_spec(dataset, batch_size, global_batch_size, drop_last)
@@ -217,9 +221,9 @@ class Worker:
         work = self.steps.take_work()
         self.seat.step(self.next_step, work.leases)
         self.next_step += 1
-        self.samples.append(work.samples)
+        self.samples.append(work.weight)
         outcome = Outcome(self.next_step, self.next_step, applied=True, staleness=0)
-        self.steps.after_step(outcome, work.samples, 0.0)
+        self.steps.after_step(outcome, work, 0.0)
 
     def train(self, loader: Loader) -> list[list[int]]:
         """A step for each batch of a pass; the samples of each."""
@@ -832,3 +836,53 @@ def test_sizes_that_nothing_can_be_read_with_are_refused(
 def test_options_that_choose_the_samples_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"leave out {next(iter(options))}"):
         alone(count=4, **options)
+
+
+# -- What users of torch's DataLoader expect -------------------------------------------------------
+
+
+def test_a_loader_has_the_attributes_of_a_dataloader() -> None:
+    loader = Worker(Lead(1)).loader(9, 4, drop_last=True)
+    assert (len(loader.dataset), loader.batch_size, loader.drop_last) == (9, 4, True)  # type: ignore[arg-type]  # Sized
+    assert (loader.num_workers, loader.pin_memory, loader.prefetch_factor) == (0, False, None)
+    for name in ("sampler", "batch_sampler", "nothing"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(loader, name)
+
+
+class Stops(Numbers):
+    def __getitem__(self, index: int) -> int:
+        if index == 3:
+            raise StopIteration
+        return index
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_dataset_that_raises_stop_iteration_does_not_end_the_pass(num_workers: int) -> None:
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    worker = Worker(Lead(1))
+    loader = worker.loader(6, num_workers=num_workers)
+    loader.dataset = Stops(6)
+    with pytest.raises(UsageError, match=r"raised StopIteration for samples \[2, 3\] of 6"):
+        worker.train(loader)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "drop_last", "words"),
+    [
+        (3, 4, False, "3 samples in batches of 4 are 1 for 2 workers"),
+        (3, 4, True, "3 samples are less than a batch of 4, and drop_last"),
+        (8, 4, False, ""),
+    ],
+)
+def test_a_pass_with_fewer_batches_than_workers_is_said_once(
+    count: int, batch_size: int, drop_last: bool, words: str
+) -> None:
+    lead = Lead(2)
+    workers = [Worker(lead, rank) for rank in range(2)]
+    loaders = [worker.loader(count, batch_size, drop_last=drop_last) for worker in workers]
+    for _ in range(2):
+        together(workers, lambda worker: worker.train(loaders[worker.rank]))
+    for worker in workers:
+        assert len(worker.said) == bool(words)
+        assert words in "".join(worker.said)

@@ -23,11 +23,11 @@ class Sum(nn.Module):
 def test_a_step_leaves_the_gradients_of_the_mean_loss_and_returns_it_without_graph() -> None:
     model = Sum()
     first, second, target = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]), torch.zeros(2)
-    step = WholeModel(model, CPU, None)
-    loss = step.train((first, second, target), mse_loss)
+    step = WholeModel(model, CPU)
+    loss = step.train((first, second, target), mse_loss, None)
     assert loss.item() == (3.0**2 + 9.0**2) / 2
     assert not loss.requires_grad
-    step.train((first, second, target), mse_loss)  # which adds to them
+    step.train((first, second, target), mse_loss, None)  # which adds to them
     assert model.weight.grad is not None
     assert model.weight.grad.item() == 2 * (2 * 3.0 * (1 + 9) / 2)
 
@@ -43,13 +43,13 @@ def test_what_is_to_come_before_backward_comes_after_forward() -> None:
         return mse_loss(output, target)
 
     ones = torch.ones(2)
-    WholeModel(model, CPU, before_backward).train((ones, ones, ones), loss_of)
+    WholeModel(model, CPU, None, before_backward).train((ones, ones, ones), loss_of, None)
     assert seen == [None]
     assert model.weight.grad is not None
 
 
 def test_evaluation_has_no_graph() -> None:
-    output = WholeModel(Sum(), CPU, None).evaluate((torch.ones(2), torch.ones(2)))
+    output = WholeModel(Sum(), CPU).evaluate((torch.ones(2), torch.ones(2)))
     assert torch.equal(output, torch.full((2,), 6.0))
     assert not output.requires_grad
 

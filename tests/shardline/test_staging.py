@@ -232,10 +232,14 @@ def test_the_first_stage_writes_the_tensors_of_all(
 # -- Refused ---------------------------------------------------------------------------------------
 
 
+def ignore(samples: int, weight: float | None) -> None:
+    """Nobody counts."""
+
+
 def test_nothing_trains_before_the_model_is_cut() -> None:
     own, _ = make(0)
     with pytest.raises(UsageError, match=r"call session.optimizer\(...\) before the model is used"):
-        own.train((torch.ones(1, 4), torch.ones(1, 2)), nn.functional.mse_loss)
+        own.train((torch.ones(1, 4), torch.ones(1, 2)), nn.functional.mse_loss, None, ignore)
     with pytest.raises(UsageError, match=r"call session.optimizer\(...\) before"):
         own.evaluate([torch.ones(1, 4)])
 

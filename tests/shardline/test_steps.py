@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from ps_core.errors import Preempted
-from ps_core.exchange import Grant, Outcome, Traffic
+from ps_core.exchange import Grant, Outcome, Traffic, Work
 from ps_core.leases import Lease, PassSpec
 from ps_core.metrics import REGISTRY, WorkerMetrics
 from ps_core.point import Point
@@ -18,9 +18,11 @@ from shardline.attendance import Attendance
 from shardline.journal import Journal
 from shardline.preemption import Preemption
 from shardline.steps import Steps
+from tests.shardline.buckets_of import gradients_of
 
 RANK = 71
 WEIGHT = torch.nn.Parameter(torch.ones(3))
+GRADIENTS = gradients_of([WEIGHT])
 
 
 @dataclass
@@ -60,11 +62,11 @@ class Given:
             WEIGHT.sum().backward()
         return lease.id
 
-    def take(self) -> tuple[int, tuple[int, ...]]:
+    def take(self) -> tuple[float, tuple[int, ...]]:
         """Weight and leases of a step."""
         self.steps.before_step()
         work = self.steps.take_work()
-        return work.samples, work.leases
+        return work.weight, work.leases
 
 
 @pytest.fixture
@@ -78,7 +80,8 @@ def given() -> Iterator[Given]:
         preemption.check,
     )
     returned = Returned()
-    steps.watch([WEIGHT], returned)
+    WEIGHT.grad = None
+    steps.watch(GRADIENTS, returned)
     steps.begin_pass(0)
     yield Given(steps, returned, attendance, preemption)
     steps.close()
@@ -257,6 +260,104 @@ def test_the_time_between_two_passes_is_nobodys(given: Given, clock: list[float]
     assert given.steps.take_work().compute_seconds == 5.0
 
 
+@pytest.mark.parametrize("how", ["to none", "to zero"])
+def test_gradients_that_are_thrown_away_by_hand_do_not_count(given: Given, how: str) -> None:
+    lost = given.batch(8)
+    if how == "to zero":
+        assert WEIGHT.grad is not None
+        WEIGHT.grad.zero_()
+    else:
+        WEIGHT.grad = None
+    kept = given.batch(3)
+    assert given.take() == (3, (kept,))
+    assert given.returned.heard == [([lost], True)]
+
+
+def test_gradients_that_are_thrown_away_right_before_the_step_do_not_count(given: Given) -> None:
+    lost = given.batch(8)
+    WEIGHT.grad = None
+    assert given.take()[1] == ()
+    assert given.returned.heard == [([lost], True)]
+
+
+def test_a_second_step_with_a_batch_weighs_as_much_and_has_no_lease(given: Given) -> None:
+    lease = given.batch(8)
+    assert given.take() == (8, (lease,))
+    WEIGHT.sum().backward()
+    given.steps.before_step()
+    again = given.steps.take_work()
+    assert (again.weight, again.samples, again.leases) == (8, 0, ())
+    following = given.batch(3)
+    assert given.take() == (3, (following,))
+
+
+def test_a_second_step_weighs_what_the_script_has_said_of_the_first(given: Given) -> None:
+    given.batch(8)
+    given.steps.before_step()
+    work = given.steps.take_work()
+    outcome = Outcome(next_step=1, version=1, applied=True, staleness=0)
+    given.steps.after_step(outcome, replace(work, given_weight=2.5), 0.0)
+    WEIGHT.sum().backward()
+    assert given.take() == (2.5, ())
+
+
+def test_after_a_pass_a_step_with_other_data_weighs_one(given: Given) -> None:
+    given.batch(8)
+    given.take()
+    given.steps.end_data(0)
+    WEIGHT.sum().backward()
+    assert given.take() == (1, ())
+
+
+def test_a_batch_weighs_its_samples_and_not_those_that_were_dropped(given: Given) -> None:
+    lease = Lease(next(given.numbers), 0, 0, 0, 8)
+    given.steps.yielded(lease, 0.0, 5)
+    WEIGHT.sum().backward()
+    assert given.take() == (5, (lease.id,))
+
+
+def test_what_session_step_counts_is_the_weight_of_other_data(given: Given) -> None:
+    for samples, weight in ((8, None), (4, 1.5)):
+        given.steps.counted(samples, weight)
+        WEIGHT.sum().backward()
+    given.steps.before_step()
+    work = given.steps.take_work()
+    assert (work.samples, work.weight) == (12, 9.5)
+
+
+def test_a_batch_that_weighs_nothing_has_no_gradients_to_lose(given: Given) -> None:
+    lease = given.batch(8, backward=False)
+    given.steps.counted(8, 0.0)
+    assert given.take() == (0, (lease,))
+
+
+def test_rows_of_the_model_tell_how_many_samples_there_are_and_not_what_they_weigh(
+    given: Given,
+) -> None:
+    given.steps.given_rows(7)
+    WEIGHT.sum().backward()
+    given.steps.before_step()
+    work = given.steps.take_work()
+    assert (work.samples, work.weight) == (7, 1)
+
+
+def test_a_change_of_gradients_is_noted_once() -> None:
+    noted: list[str] = []
+    attendance = Attendance()
+    metrics, journal = WorkerMetrics(RANK, 1), Journal(None, RANK, Traffic())
+    steps = Steps(metrics, journal, attendance, lambda: (), lambda: None)
+    steps.watch(GRADIENTS, Returned(), lambda: noted.append("changed"))
+    for _ in range(3):
+        WEIGHT.grad = None
+        WEIGHT.sum().backward()
+        if _:
+            torch.nn.utils.clip_grad_norm_([WEIGHT], 1.0)
+        steps.before_step()
+        steps.after_step(Outcome(1, 1, applied=True, staleness=0), steps.take_work(), 0.0)
+        assert len(noted) == min(_, 1)
+    steps.close()
+
+
 def count(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, {"worker": str(RANK), **labels}) or 0.0
 
@@ -267,7 +368,7 @@ def test_phases_and_totals_are_counted(given: Given) -> None:
     given.batch(8)
     given.steps.before_step()
     outcome = Outcome(next_step=1, version=1, applied=True, staleness=0)
-    given.steps.after_step(outcome, given.steps.take_work().samples, 0.5)
+    given.steps.after_step(outcome, given.steps.take_work(), 0.5)
     after = {phase: count("shardline_step_seconds_count", phase=phase) for phase in phases}
     assert {phase: after[phase] - before[phase] for phase in phases} == dict.fromkeys(phases, 1.0)
     assert (given.steps.num_steps, given.steps.num_samples) == (1, 8)
@@ -278,7 +379,7 @@ def test_samples_of_a_refused_step_are_trained_on_and_not_applied(given: Given) 
     before = [count(name) for name in names]
     for applied, samples in ((True, 8), (False, 4)):
         outcome = Outcome(next_step=1, version=1, applied=applied, staleness=0)
-        given.steps.after_step(outcome, samples, 0.5)
+        given.steps.after_step(outcome, Work(samples), 0.5)
     assert [count(name) - b for name, b in zip(names, before, strict=True)] == [12, 8]
 
 
@@ -295,7 +396,7 @@ def test_a_step_that_was_not_used_was_not_finite_or_refused(
     names = ("shardline_nonfinite_steps_total", "shardline_refused_steps_total")
     before = [count(name) for name in names]
     outcome = Outcome(next_step=1, version=1, applied=False, staleness=0)
-    given.steps.after_step(outcome, samples, 0.5)
+    given.steps.after_step(outcome, Work(samples), 0.5)
     after = [count(name) for name in names]
     assert [a - b for a, b in zip(after, before, strict=True)] == [nonfinite, 1 - nonfinite]
 
@@ -318,8 +419,8 @@ def test_a_script_with_its_own_data_leaves_after_its_step(given: Given, from_loa
     given.preemption._requested = True
     outcome = Outcome(next_step=1, version=1, applied=True, staleness=0)
     if from_loader:  # the loader tells
-        given.steps.after_step(outcome, 8, 0.5)
+        given.steps.after_step(outcome, Work(8), 0.5)
     else:
         with pytest.raises(Preempted):
-            given.steps.after_step(outcome, 1, 0.5)
+            given.steps.after_step(outcome, Work(1), 0.5)
     assert given.steps.num_steps == 1
