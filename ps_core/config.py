@@ -131,8 +131,7 @@ def _from_torch(environ: Mapping[str, str]) -> dict[str, object]:
     texts = {key: environ[name] for name, key in _TORCH_VARIABLES.items() if key}
     texts["cluster.local_rank"] = environ.get("LOCAL_RANK", "-1")
     texts["cluster.attempt"] = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    host, port = environ["MASTER_ADDR"], environ["MASTER_PORT"]
-    texts["cluster.rendezvous"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    texts["cluster.rendezvous"] = join_address(environ["MASTER_ADDR"], environ["MASTER_PORT"])
     is_torchrun = environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     # torchrun keeps the store, and starts all workers again when one is lost.
     texts["cluster.serve_rendezvous"] = _text(not is_torchrun)
@@ -303,7 +302,8 @@ def shard_address(config: Config, index: int) -> str:
 def listen_address(config: Config) -> str:
     """Where this shard listens, `host:port`; the port is the one it is reached at, if not set."""
     server = config.server
-    return f"{server.host}:{server.port or split_address(shard_address(config, server.index))[1]}"
+    port = server.port or split_address(shard_address(config, server.index))[1]
+    return join_address(server.host, port)
 
 
 def is_loopback(address: str) -> bool:
@@ -317,7 +317,7 @@ def is_loopback(address: str) -> bool:
 def check_addresses(config: Config) -> None:
     """ConfigError when unprotected connections would leave this machine without `rpc.insecure`."""
     others = (config.cluster.rendezvous,) if config.cluster.rendezvous else ()
-    for address in (*config.cluster.shards, *others, f"{config.server.host}:0"):
+    for address in (*config.cluster.shards, *others, join_address(config.server.host, 0)):
         if not config.rpc.insecure and not is_loopback(address):
             raise ConfigError(
                 f"{split_address(address)[0]} is not a loopback address, and connections are "
@@ -334,6 +334,12 @@ def split_address(address: str) -> tuple[str, int]:
             f"{address!r} (an address of cluster, or server.host): not host:port or [IPv6]:port"
         )
     return match[1] or match[2], int(match[3])
+
+
+def join_address(host: str, port: int | str) -> str:
+    """The `host:port` that `split_address` takes; an IPv6 host may be in brackets already."""
+    bare = host.removeprefix("[").removesuffix("]")
+    return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
 
 
 def add_flags(parser: argparse.ArgumentParser, keys: Iterable[str]) -> None:

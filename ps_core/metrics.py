@@ -27,6 +27,7 @@ from prometheus_client import (
 
 from ps_core import __version__
 from ps_core.cgroup import memory_limit_bytes
+from ps_core.config import join_address, split_address
 from ps_core.errors import ConfigError
 
 Phase = Literal["data", "forward", "backward", "exchange"]
@@ -197,10 +198,10 @@ def start_endpoint(host: str, port: int) -> Endpoint | None:
             "python": platform.python_version(),
         }
     )
+    host, _ = split_address(join_address(host, port))
     try:
         server, thread = start_http_server(port, host, REGISTRY)
     except OSError as exc:
         key = f"metrics.host and metrics.port: cannot listen on {host}, port {port}"
         raise ConfigError(f"{key}: {exc}; port 0 takes a free one, -1 none") from exc
-    bracketed = f"[{host}]" if ":" in host else host
-    return Endpoint(f"http://{bracketed}:{server.server_port}/metrics", server, thread)
+    return Endpoint(f"http://{join_address(host, server.server_port)}/metrics", server, thread)

@@ -7,12 +7,12 @@ when a shard could not be reached; with 128 + the signal's number when a signal 
 
 import argparse
 import contextlib
-import io
+import difflib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -24,6 +24,7 @@ from ps_core import __version__, config
 from ps_core.errors import ConfigError, ShardlineError
 from ps_core.settings import Config
 from shardline.program import Program
+from shardline.streams import prepare_streams, say
 
 if TYPE_CHECKING:
     from shardline import status
@@ -147,10 +148,31 @@ _LAYOUT: Final[dict[str, Any]] = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and where the help is."""
+    """Says what is wrong in one line, what was meant, and where the help is."""
+
+    def parse_known_args(  # type: ignore[override]  # nothing that is unknown is left over
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """A command's parser is asked for what it knows, and another one complains of the rest."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            self.error(f"unknown option {name}{_meant(name, self._option_string_actions)}")
+        return known, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:  # noqa: ANN401  # argparse's
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            wrong = f"invalid choice: {value!r}{_meant(value, choices)}"
+            raise argparse.ArgumentError(action, f"{wrong} (choose from {', '.join(choices)})")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _meant(word: str, words: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(word, words, n=1)
+    return f": did you mean {nearest[0]}?" if nearest else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,14 +180,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Wrong usage, --help and --version raise SystemExit.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # `?` for what it cannot encode
+    prepare_streams()
     arguments = _parser().parse_args(argv)
     action: Callable[[argparse.Namespace], int] = arguments.action
     try:
         return action(arguments)
     except ShardlineError as exc:
-        sys.stderr.write(f"shardline {arguments.command}: {exc}\n")
+        say(f"shardline {arguments.command}: {exc}\n")
         return exc.exit_code
 
 

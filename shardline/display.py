@@ -1,6 +1,5 @@
 """What the launcher shows while a run goes on: live on a terminal, plain lines anywhere else."""
 
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol, TextIO
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from shardline.progress import View, WorkerView
 from shardline.records import Kept
+from shardline.streams import say
 
 _PLAIN_SECONDS: Final = 5.0  # between progress lines
 _LIVE_SECONDS: Final = 0.25
@@ -133,7 +133,7 @@ class PlainScreen:
                 self._stream.flush()
             except OSError as exc:  # whoever read has gone, or the disk is full
                 self._broken = True
-                sys.stderr.write(f"shardline: the run goes on without output: {exc}\n")
+                say(f"shardline: the run goes on without output: {exc}\n")
 
 
 class LiveScreen:

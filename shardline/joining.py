@@ -12,6 +12,7 @@ from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
 from ps_worker import client
 from shardline.program import Program
+from shardline.streams import say
 
 _SHARDS: Final = f"{PREFIX}CLUSTER_SHARDS"
 _RANK: Final = f"{PREFIX}CLUSTER_RANK"
@@ -31,7 +32,7 @@ def join(config: Config, program: Program) -> NoReturn:
     variables = inherited_environment() | job | {_RANK: str(rank)}
     if not Path(variables.get(_RUN_DIR, ".")).is_dir():  # it is on the machine of the others
         del variables[_RUN_DIR]
-    sys.stderr.write(f"shardline: joining the job as worker {variables[_RANK]}\n")
+    say(f"shardline: joining the job as worker {variables[_RANK]}\n")
     command = (sys.executable, "-u", *program.command)
     os.execve(sys.executable, command, variables)  # noqa: S606  # a shell would only be in the way
 

@@ -13,6 +13,7 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
+from ps_core.cgroup import cpu_limit
 from ps_core.config import split_address
 from ps_core.errors import ConfigError, ShardlineError
 from shardline import local_plan, report, run_directory
@@ -20,12 +21,14 @@ from shardline.curves import Curves
 from shardline.display import Screen
 from shardline.ledger import Balance
 from shardline.local_plan import Launch, plan, with_rendezvous
+from shardline.open_files import allow_open_files
 from shardline.ports import free_ports
 from shardline.processes import Child, ProcessSpec
 from shardline.progress import Progress, Totals
 from shardline.records import Tail
 from shardline.restarts import Restarts
 from shardline.run_directory import Outcome, RunDirectory, Running
+from shardline.streams import say
 from shardline.supervision import REAP_SECONDS, Order, ProcessId, Start, Supervisor
 from shardline.tracebacks import HeldTraceback
 
@@ -45,6 +48,7 @@ def run(launch: Launch, screen: Screen) -> int:
     later is told on the screen and on standard error.
     """
     launch.program.check()
+    allow_open_files(1 + launch.num_shards + launch.num_workers)
     directory = run_directory.create(launch.config.job.run_dir, launch.program.name, time.time())
     ports = free_ports(2 * launch.num_shards + launch.num_workers + 1)
     rendezvous_port = ports.pop()
@@ -59,8 +63,11 @@ def run(launch: Launch, screen: Screen) -> int:
 
 
 def _num_cpus() -> int:
-    """The CPUs that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    """The CPUs that this process may use, where the system tells; of a container's share of them,
+    the whole ones.
+    """
+    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, int(min(count, cpu_limit())))
 
 
 @contextlib.contextmanager
@@ -254,7 +261,7 @@ class _Run:
         self._write_results(totals, balance, Outcome(wall_seconds, code, *counts))
         if totals.steps or code == 0:
             self._screen.table(report.rows(totals, balance, wall_seconds, self._directory))
-        sys.stderr.write(
+        say(
             report.ending(
                 self._supervisor,
                 wall_seconds,

@@ -6,7 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ps_core.config import PREFIX, inherited_environment, to_environment, validate
+from ps_core.config import (
+    PREFIX,
+    inherited_environment,
+    join_address,
+    to_environment,
+    validate,
+)
 from ps_core.settings import Config, JobConfig
 from shardline.processes import ProcessSpec
 from shardline.program import Program
@@ -118,5 +124,7 @@ def _spec(launch: Launch, config: Config, process: ProcessId) -> ProcessSpec:
         | to_environment(config)
         | {"OMP_NUM_THREADS": str(config.worker.threads)},
         config.cluster.shards[process.index] if is_shard else None,
-        None if metrics.port == -1 else f"http://{metrics.host}:{metrics.port}/metrics",
+        None
+        if metrics.port == -1
+        else f"http://{join_address(metrics.host, metrics.port)}/metrics",
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 
 from ps_core.errors import Preempted
+from shardline.streams import say
 
 
 class Preemption:
@@ -68,9 +68,8 @@ class Preemption:
         self._timer.start()
 
     def _give_up(self) -> None:
-        sys.stderr.write(
+        say(
             f"shardline: told to end {self._grace_seconds:g} s ago and still in the middle of a "
             "batch (worker.grace_seconds): ending now\n"
         )
-        sys.stderr.flush()
         os._exit(Preempted().code)  # type: ignore[arg-type]  # always 75

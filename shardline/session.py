@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -50,6 +49,7 @@ from shardline.rows import RowsSeen
 from shardline.schedules import S, Schedules
 from shardline.steps import Steps
 from shardline.strategies import check_strategy, make_exchange
+from shardline.streams import say
 from shardline.weights import Advised, Weight
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ _CHANGED_GRADIENTS = (
 
 def _say(text: str) -> None:
     """Tell the person who runs the script."""
-    sys.stderr.write(f"shardline: {text}\n")
+    say(f"shardline: {text}\n")
 
 
 def connect(config: Path | str | None = None) -> Session:

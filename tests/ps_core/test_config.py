@@ -593,8 +593,17 @@ def test_a_shard_that_does_not_exist_is_refused(index: int) -> None:
 def test_a_shard_listens_at_the_port_it_is_reached_at_unless_another_is_set() -> None:
     cluster = ClusterConfig(shards=TWO_SHARDS)
     assert listen_address(Config(cluster=cluster, server=ServerConfig(index=1))) == TWO_SHARDS[1]
-    server = ServerConfig(index=1, host="[::]", port=9000)
-    assert listen_address(Config(cluster=cluster, server=server)) == "[::]:9000"
+    for host in ("::", "[::]"):
+        server = ServerConfig(index=1, host=host, port=9000)
+        assert listen_address(Config(cluster=cluster, server=server)) == "[::]:9000"
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_ipv6_host_is_written_with_brackets_or_without(host: str) -> None:
+    cluster = ClusterConfig(shards=("[::1]:7000",))
+    check_addresses(Config(cluster=cluster, server=ServerConfig(host=host)))
+    torch = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": host, "MASTER_PORT": "29500"}
+    assert load(environ=torch).cluster.rendezvous == "[::1]:29500"
 
 
 def test_a_shard_without_any_port_cannot_listen() -> None:

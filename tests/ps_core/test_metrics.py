@@ -1,12 +1,16 @@
 import itertools
 import math
+import os
 import socket
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -391,6 +395,30 @@ def test_port_0_takes_a_free_port_and_the_url_names_it(endpoint: Endpoint) -> No
         assert endpoint.url.endswith("/metrics")
         assert endpoint.url != second.url
         assert "shardline_build_info" in scrape(second)
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_ipv6_host_is_written_with_brackets_or_without(host: str) -> None:
+    started = start_endpoint(host, 0)
+    assert started is not None
+    with closing(started):
+        assert started.url.startswith("http://[::1]:")
+        assert "shardline_build_info" in scrape(started)
+
+
+def test_a_folder_for_the_metrics_of_several_processes_that_is_not_there_is_ignored() -> None:
+    command = [sys.executable, "-c", "import ps_core.metrics, os; print(sorted(os.environ))"]
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PROMETHEUS_MULTIPROC_DIR": "/nowhere",
+    }
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stderr == (
+        "PROMETHEUS_MULTIPROC_DIR is ignored: /nowhere is no folder to write to\n"
+    )
+    assert "PROMETHEUS" not in done.stdout
+    assert done.returncode == 0
 
 
 def test_port_minus_1_starts_nothing() -> None:
