@@ -25,7 +25,7 @@ from allreduce.record import Reading
 from ps_core.errors import UsageError
 from ps_core.exchange import Grant
 from ps_core.lease_pool import Units, shares
-from ps_core.leases import Lease, PassEnd, PassSpec
+from ps_core.leases import Lease, PassEnd, PassSpec, check_fingerprints
 from ps_core.point import BEGINNING, Point
 from ps_core.ranges import Ranges
 
@@ -72,6 +72,8 @@ class Pass:
     """Of this worker's units."""
     has_progress: bool = True
     """Something was used since the free positions were last dealt to those who want more."""
+    fingerprint: int = 0
+    """As in PassSpec."""
 
     def free(self) -> list[range]:
         """What nobody has used."""
@@ -127,7 +129,7 @@ class Passes:
             unit = spec.global_batch_size or spec.batch_size
             current = self._begin(
                 loader, Reading(loader, self.num_ended[loader], 0, 0, spec.num_positions, unit,
-                                bool(spec.global_batch_size)), spec.point
+                                bool(spec.global_batch_size), spec.fingerprint), spec.point
             )  # fmt: skip
         self._check(loader, spec, current)
         current.point = spec.point
@@ -141,7 +143,7 @@ class Passes:
         start, length = positions.start, len(positions)
         self._held[self._last_id] = Reading(
             loader, current.number, start, length,
-            current.num_positions, current.unit, current.is_shared,
+            current.num_positions, current.unit, current.is_shared, current.fingerprint,
         )  # fmt: skip
         return Lease(self._last_id, loader, current.number, start, length)
 
@@ -177,6 +179,7 @@ class Passes:
                 current = self._begin(each.loader, each, BEGINNING)
             if current is not None and each.number == current.number:
                 _check_same(each.loader, current, each.num_positions, each.unit, each.is_shared)
+                _know(each.loader, current, each.fingerprint)
                 current.used.add(each.positions)
                 current.has_progress = True
 
@@ -223,7 +226,8 @@ class Passes:
         self._speeds_of_deals = dict(self.speeds)
 
     def _begin(self, loader: int, reads: Reading, point: Point) -> Pass:
-        current = Pass(reads.number, reads.num_positions, reads.unit, reads.is_shared, point)
+        known = reads.num_positions, reads.unit, reads.is_shared
+        current = Pass(reads.number, *known, point, fingerprint=reads.fingerprint)
         self.open[loader] = current
         self._deal(current, self._members)
         return current
@@ -237,6 +241,12 @@ class Passes:
     def _check(self, loader: int, spec: PassSpec, current: Pass) -> None:
         unit = spec.global_batch_size or spec.batch_size
         _check_same(loader, current, spec.num_positions, unit, bool(spec.global_batch_size))
+        _know(loader, current, spec.fingerprint)
+
+
+def _know(loader: int, current: Pass, fingerprint: int) -> None:
+    check_fingerprints(loader, fingerprint, current.fingerprint)
+    current.fingerprint = current.fingerprint or fingerprint
 
 
 def _check_same(loader: int, current: Pass, num_positions: int, unit: int, is_shared: bool) -> None:

@@ -43,6 +43,8 @@ class Reading:
     """Samples of one batch, or of one update with a global batch size."""
     is_shared: bool
     """There is a global batch size."""
+    fingerprint: int = 0
+    """As in PassSpec."""
 
     @property
     def positions(self) -> range:
@@ -139,7 +141,7 @@ def of_arrival(version: int, arrival: Arrival, *, has_state: bool) -> Record:
     )
 
 
-_READING_SIZE = 7
+_READING_SIZE = 8
 
 
 def encode(record: Record) -> list[float]:
@@ -166,7 +168,7 @@ def encode(record: Record) -> list[float]:
         for each in record.readings
         for number in (
             each.loader, each.number, each.start, each.length,
-            each.num_positions, each.unit, each.is_shared,
+            each.num_positions, each.unit, each.is_shared, each.fingerprint,
         )
     ]  # fmt: skip
     values = [len(record.values), *record.values, len(record.schedules), *record.schedules]
@@ -210,6 +212,13 @@ def decode(numbers: Sequence[float]) -> Record:
 
 
 def _reading(
-    loader: int, number: int, start: int, length: int, num_positions: int, unit: int, shared: int
+    loader: int,
+    number: int,
+    start: int,
+    length: int,
+    num_positions: int,
+    unit: int,
+    shared: int,
+    fingerprint: int,
 ) -> Reading:
-    return Reading(loader, number, start, length, num_positions, unit, bool(shared))
+    return Reading(loader, number, start, length, num_positions, unit, bool(shared), fingerprint)

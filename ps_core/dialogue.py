@@ -118,6 +118,7 @@ def encode_lease_request(loader: int, spec: PassSpec) -> shard_pb2.LeaseRequest:
     wanted.num_samples, wanted.batch_size = spec.num_samples, spec.batch_size
     wanted.global_batch_size, wanted.drop_last = spec.global_batch_size, spec.drop_last
     wanted.point.CopyFrom(encode_point(spec.point))
+    wanted.fingerprint = spec.fingerprint
     return message
 
 
@@ -135,6 +136,7 @@ def decode_pass(message: shard_pb2.LeaseRequest) -> PassSpec | None:
             wanted.global_batch_size,
             wanted.drop_last,
             decode_point(wanted.point),
+            wanted.fingerprint,
         )
     except ValueError as error:
         raise ProtocolError(f"no pass is like this: {error}") from error

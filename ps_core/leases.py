@@ -49,6 +49,8 @@ class PassSpec:
     drop_last: bool = False
     point: Point = BEGINNING
     """Which call of the script reads this pass; without a `count`: any, the one that is open."""
+    fingerprint: int = 0
+    """Differs where the samples do, below 2^53; 0: unknown."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a size that nothing can be read with."""
@@ -374,3 +376,14 @@ def _check_same(loader: int, worker: int, mine: PassSpec, others: PassSpec) -> N
                 f"loader {loader} has {name}={value} on worker {worker} and {name}={expected} on "
                 f"the worker that came first: {advice}"
             )
+    check_fingerprints(loader, mine.fingerprint, others.fingerprint)
+
+
+def check_fingerprints(loader: int, mine: int, others: int) -> None:
+    """Raises UsageError for datasets that are as long, and differ."""
+    if mine and others and mine != others:
+        raise UsageError(
+            f"loader {loader} has other samples on one worker than on another, though as many: "
+            "seed, or sort, before data are split or shuffled, or do it between "
+            "shardline.connect() and session.optimizer(...), where all workers draw the same"
+        )

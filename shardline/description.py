@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import traceback
 from collections.abc import Mapping
 
@@ -23,6 +22,7 @@ from ps_core.optim_spec import OptimizerSpec, check_consistency, check_norm, des
 from ps_core.plan import ParameterSpec
 from ps_core.settings import ClusterConfig, Config, ConsistencyConfig
 from ps_core.tensors import TRAINABLE
+from shardline.seeds import seed_all
 
 
 def choose_device(name: str, cluster: ClusterConfig) -> torch.device:
@@ -34,8 +34,8 @@ def choose_device(name: str, cluster: ClusterConfig) -> torch.device:
     return torch.device("cuda", place % count) if count else torch.device("cpu")
 
 
-def prepare_process(config: Config, device: torch.device, rank: int) -> None:
-    """Device, threads and memory of this whole process; seeds by `rank`."""
+def prepare_process(config: Config, device: torch.device) -> None:
+    """Device, threads and memory of this whole process, and its random generators."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if config.worker.threads:
@@ -44,8 +44,7 @@ def prepare_process(config: Config, device: torch.device, rank: int) -> None:
         return_freed_memory()
     elif config.strategy != "alone":
         keep_freed_memory()
-    torch.manual_seed(config.job.seed + rank)
-    random.seed(config.job.seed + rank)
+    seed_all(config.job.seed)
 
 
 def job_spec(

@@ -18,6 +18,7 @@ from ps_core.leases import Lease, PassSpec
 from ps_core.point import Point
 from shardline.attendance import Attendance
 from shardline.batch_size import num_left
+from shardline.fingerprint import fingerprint
 from shardline.notices import Notices
 from shardline.preemption import Preemption
 from shardline.steps import Steps
@@ -191,6 +192,7 @@ class Loader:
         self._note_too_few()
         place.attendance.ensure_met()
         place.steps.begin_pass(index)
+        self._take_fingerprint()
         self._stream.begin_pass(place.attendance.begin_pass(index))
         is_over, grant = False, None
         try:
@@ -214,6 +216,12 @@ class Loader:
         finally:
             if not is_over:
                 self._break_off()
+
+    def _take_fingerprint(self) -> None:
+        """Of what the dataset holds when it is first read; alone there is nothing to compare."""
+        if self._place.num_workers > 1 and not self._stream.spec.fingerprint:
+            taken = fingerprint(self.dataset, self._place.seed)
+            self._stream.spec = replace(self._stream.spec, fingerprint=taken)
 
     def _note_too_few(self) -> None:
         """Some workers get nothing, or all."""

@@ -19,6 +19,8 @@ from shardline.program import Program
 from shardline.supervision import ProcessId
 
 _HOST: Final = "127.0.0.1"
+_HASH_SEED: Final = "PYTHONHASHSEED"
+"""Of Python: sets of texts have the same order in all processes."""
 _SHARD_COMMAND: Final = (sys.executable, "-u", "-P", "-m", "ps_server")
 """With -P nothing is imported from the working directory, which is the script's."""
 
@@ -120,7 +122,8 @@ def _spec(launch: Launch, config: Config, process: ProcessId) -> ProcessSpec:
     return ProcessSpec(
         process,
         launch.shard_command if is_shard else worker_command,
-        inherited_environment()
+        {_HASH_SEED: str(config.job.seed)}
+        | inherited_environment()
         | to_environment(config)
         | {"OMP_NUM_THREADS": str(config.worker.threads)},
         config.cluster.shards[process.index] if is_shard else None,

@@ -47,6 +47,7 @@ from shardline.preemption import Preemption
 from shardline.records import Kept
 from shardline.rows import RowsSeen
 from shardline.schedules import S, Schedules
+from shardline.seeds import part_ways
 from shardline.steps import Steps
 from shardline.strategies import check_strategy, make_exchange
 from shardline.streams import say
@@ -72,8 +73,9 @@ def connect(config: Path | str | None = None) -> Session:
     """A session for this process, to be used in a `with` block.
 
     Who takes part comes from a TOML file (`config`, or the one that SHARDLINE_CONFIG names) and
-    from SHARDLINE_* variables; with neither, this process trains alone. Seeds torch and random. A
-    wrong configuration ends the process with exit code 2.
+    from SHARDLINE_* variables; with neither, this process trains alone. Seeds torch,
+    NumPy and random with `job.seed`, unless the script has seeded torch. A wrong configuration ends
+    the process with exit code 2.
     """
     with _exit_on_error():
         settings = load(file=Path(config) if config else None)
@@ -113,7 +115,7 @@ class Session:
         """Which part of its replica's model this worker has."""
         self.seed = config.job.seed
         self.device = choose_device(config.worker.device, config.cluster)
-        prepare_process(config, self.device, self.rank)
+        prepare_process(config, self.device)
         self._endpoint: Endpoint | None = start_endpoint(config.metrics.host, config.metrics.port)
         if self._endpoint and not config.metrics.port:
             _say(f"metrics at {self._endpoint.url}")
@@ -199,6 +201,7 @@ class Session:
         for bucket in buckets:
             bucket.accept()
         self._watch(model, buckets)
+        part_ways(self.rank)
         self._optimizer = self._wrap(optimizer, plan, buckets, spec, max_grad_norm)
         self._attendance.bind(self.exchange, self._optimizer)
         self._journal.joined()

@@ -45,6 +45,7 @@ class Result:
 
 def run_case(case: Case, environ: Mapping[str, str], arguments: Mapping[str, Any]) -> Result:
     """Run a case in a session of its own, configured by `environ` alone."""
+    torch.seed()  # what the case before has left is no choice of this one's
     with Session(load(environ=environ)) as session:
         returned = case(session, **arguments)
     tensors = {k: _copy(v) for k, v in returned.items() if isinstance(v, torch.Tensor)}

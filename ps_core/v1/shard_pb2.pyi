@@ -263,18 +263,20 @@ class LeaseRequest(_message.Message):
     def __init__(self, returned: _Optional[_Iterable[int]] = ..., declined: _Optional[bool] = ..., loader: _Optional[int] = ..., **kwargs) -> None: ...
 
 class Pass(_message.Message):
-    __slots__ = ("num_samples", "batch_size", "global_batch_size", "drop_last", "point")
+    __slots__ = ("num_samples", "batch_size", "global_batch_size", "drop_last", "point", "fingerprint")
     NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     DROP_LAST_FIELD_NUMBER: _ClassVar[int]
     POINT_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     num_samples: int
     batch_size: int
     global_batch_size: int
     drop_last: bool
     point: Point
-    def __init__(self, num_samples: _Optional[int] = ..., batch_size: _Optional[int] = ..., global_batch_size: _Optional[int] = ..., drop_last: _Optional[bool] = ..., point: _Optional[_Union[Point, _Mapping]] = ...) -> None: ...
+    fingerprint: int
+    def __init__(self, num_samples: _Optional[int] = ..., batch_size: _Optional[int] = ..., global_batch_size: _Optional[int] = ..., drop_last: _Optional[bool] = ..., point: _Optional[_Union[Point, _Mapping]] = ..., fingerprint: _Optional[int] = ...) -> None: ...
 
 class Lease(_message.Message):
     __slots__ = ("id", "start", "length")

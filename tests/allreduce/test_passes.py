@@ -409,3 +409,13 @@ def test_who_comes_to_a_pass_that_has_ended_is_told_so() -> None:
         assert late.open == {}
         grant = late.request(0, replace(SPEC, point=Point(1, 3, 2)))
         assert (grant.is_over, grant.number) == (False, 1)
+
+
+def test_workers_whose_samples_differ_are_told_so() -> None:
+    passes, others = Passes(0), Passes(1)
+    for each in (passes, others):
+        each.set_members((0, 1))
+    passes.request(0, replace(SPEC, fingerprint=7))
+    lease = others.request(0, replace(SPEC, fingerprint=8)).leases[0]
+    with pytest.raises(UsageError, match="loader 0 has other samples on one worker"):
+        passes.use(others.consume([lease.id]))

@@ -24,7 +24,7 @@ LARGEST = 2**53
 whole = st.integers(0, LARGEST)
 numbers = st.floats(allow_nan=False)
 points = st.builds(Point, whole, whole, whole)
-readings = st.builds(Reading, whole, whole, whole, whole, whole, whole, st.booleans())
+readings = st.builds(Reading, whole, whole, whole, whole, whole, whole, st.booleans(), whole)
 records = st.builds(
     Record,
     call=st.sampled_from(Call),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from shardline.session import Session
 from tests.cluster import TEST_SECONDS, Cluster, run_alone
@@ -167,3 +168,37 @@ def test_the_length_of_a_loader_is_its_number_of_batches_rounded_up(cluster: Clu
     lengths = (3, 3, 3, 1, 2)
     assert first == [[n, n] for n in lengths]
     assert second == [[n, m] for n, m in zip(lengths, (2, 3, 2, 0, 1), strict=True)]
+
+
+def split(session: Session, *, is_late: bool) -> Returned:
+    """A part of the data is held out, drawn before or after the worker has joined."""
+    model = Net()
+    order = np.random.permutation(40)
+    plain = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer = session.optimizer(plain, model)
+    if is_late:
+        order = np.random.permutation(40)
+    x, y = samples(40)
+    kept = Subset(TensorDataset(torch.arange(40), x, y), order[:24].tolist())
+    read = []
+    for rows, *batch in session.loader(kept, 4):
+        optimizer.zero_grad()
+        loss_of(model, (batch[0], batch[1])).backward()
+        optimizer.step()
+        read += rows.tolist()
+    return {"read": read, "kept": sorted(order[:24].tolist())}
+
+
+@pytest.mark.parametrize("num_shards", [2, 0])
+def test_workers_that_split_their_data_differently_are_refused(
+    cluster: Cluster, num_shards: int
+) -> None:
+    strategy = {} if num_shards else {"SHARDLINE_JOB_STRATEGY": "allreduce"}
+    environ = JOB_SEED | strategy
+    results = cluster.run(split, num_shards=num_shards, environ=environ, is_late=False)
+    assert results[0].values["kept"] == results[1].values["kept"]
+    read = [row for result in results for row in result.values["read"]]
+    assert sorted(read) == results[0].values["kept"]
+    errors = cluster.run_failing(split, num_shards=num_shards, environ=environ, is_late=True)
+    for error in errors:
+        assert "loader 0 has other samples on one worker than on another" in error

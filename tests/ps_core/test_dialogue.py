@@ -155,7 +155,7 @@ def test_a_position_comes_back_as_it_was_sent(position: Position) -> None:
 # -- Samples ---------------------------------------------------------------------------------------
 
 
-specs = st.builds(PassSpec, samples, st.integers(1, 2**64 - 1), large, st.booleans(), points)
+specs = st.builds(PassSpec, samples, st.integers(1, 2**64 - 1), large, st.booleans(), points, large)
 
 
 @given(numbers, specs)

@@ -712,3 +712,12 @@ class LeaseMachine(RuleBasedStateMachine):
 
 LeaseMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 TestLeaseMachine = LeaseMachine.TestCase
+
+
+def test_workers_whose_samples_differ_are_told_so() -> None:
+    book = LeaseBook(striped=True)
+    spec = PassSpec(num_samples=10, batch_size=5, fingerprint=7)
+    book.request(0, spec, 0, (0, 1))
+    book.request(0, replace(spec, fingerprint=0), 1, (0, 1))
+    with pytest.raises(UsageError, match="loader 0 has other samples on one worker"):
+        book.request(0, replace(spec, fingerprint=8), 1, (0, 1))

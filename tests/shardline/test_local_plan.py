@@ -104,3 +104,12 @@ def test_a_job_is_called_as_configured_or_else_like_the_script() -> None:
     assert launch.job_name == "train"
     named = load({"job.id": "mine"}, environ={})
     assert replace(launch, config=named).job_name == "mine"
+
+
+def test_sets_have_one_order_in_all_processes_unless_the_user_wants_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load({"job.seed": "7"}, environ={})
+    assert planned(config)["worker 0"].environment["PYTHONHASHSEED"] == "7"
+    monkeypatch.setenv("PYTHONHASHSEED", "random")
+    assert planned(config)["worker 1"].environment["PYTHONHASHSEED"] == "random"
