@@ -1,11 +1,14 @@
 """What the launcher shows while a run goes on: live on a terminal, plain lines anywhere else."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Protocol, TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group
+from rich.control import strip_control_codes
 from rich.live import Live
+from rich.segment import Segment
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +18,8 @@ from shardline.streams import say
 
 _PLAIN_SECONDS: Final = 5.0  # between progress lines
 _LIVE_SECONDS: Final = 0.25
+_MAX_WAITING_LINES: Final = 1000
+_NAME: Final = Style(color="cyan")
 _MAX_ROWS: Final = 16  # workers shown one by one
 _NAMED_FIRST: Final = ("loss", "accuracy")
 
@@ -136,35 +141,63 @@ class PlainScreen:
                 say(f"shardline: the run goes on without output: {exc}\n")
 
 
+class _Lines:
+    """What processes wrote, for a terminal: fast, since there may be thousands a second."""
+
+    def __init__(self, lines: Sequence[tuple[str, str]]) -> None:
+        self._lines = lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for name, text in self._lines:
+            yield Segment(f"[{name}] ", _NAME)
+            if "\x1b" in text:
+                yield from Text.from_ansi(text, end="").render(console)
+            else:
+                yield Segment(strip_control_codes(text))
+            yield Segment.line()
+
+
 class LiveScreen:
-    """Progress that stays at the bottom of a terminal, below what the processes write."""
+    """Progress that stays at the bottom of a terminal, below what the processes write.
+
+    Their lines are drawn together, when `show` is called or many wait: with each the progress below
+    is drawn again.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._lock = threading.Lock()
+        self._lines: list[tuple[str, str]] = []  # not drawn yet
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._next_seconds = 0.0
 
     def line(self, name: str, text: str) -> None:
         """What a process wrote."""
-        self._print(Text.assemble((f"[{name}] ", "cyan"), Text.from_ansi(text)))
+        with self._lock:
+            self._lines.append((name, text))
+            if len(self._lines) >= _MAX_WAITING_LINES:
+                self._draw_lines()
 
     def note(self, text: str) -> None:
         """What the launcher itself has to say."""
-        self._print(Text(text, style="bold"))
+        with self._lock:
+            self._draw_lines()
+            self._console.print(Text(text, style="bold"), soft_wrap=True)
 
     def show(self, view: View) -> None:
         """How far the run is."""
-        if view.elapsed_seconds < self._next_seconds:
-            return
-        self._next_seconds = view.elapsed_seconds + _LIVE_SECONDS
         with self._lock:
+            self._draw_lines()
+            if view.elapsed_seconds < self._next_seconds:
+                return
+            self._next_seconds = view.elapsed_seconds + _LIVE_SECONDS
             self._live.start()
             self._live.update(picture(view), refresh=True)
 
     def close(self) -> None:
         """The run is over."""
         with self._lock:
+            self._draw_lines()
             self._live.stop()
 
     def table(self, rows: Sequence[Row]) -> None:
@@ -175,9 +208,10 @@ class LiveScreen:
         with self._lock:
             self._console.print(table)
 
-    def _print(self, text: Text) -> None:
-        with self._lock:
-            self._console.print(text, soft_wrap=True)
+    def _draw_lines(self) -> None:
+        lines, self._lines = self._lines, []
+        if lines:
+            self._console.print(_Lines(lines), soft_wrap=True, end="")
 
 
 def picture(view: View) -> Group:

@@ -100,13 +100,18 @@ def test_many_workers_do_not_fill_the_terminal() -> None:
 
 def test_what_processes_write_is_not_markup() -> None:
     screen = console()
-    LiveScreen(screen).line("worker 0", "[bold]x[/bold] [/] \x1b[31mred\x1b[0m \x1b[2J")
-    assert text_of(screen) == "[worker 0] [bold]x[/bold] [/] red \n"
+    live = LiveScreen(screen)
+    live.line("worker 0", "[bold]x[/bold] [/] \x1b[31mred\x1b[0m \x1b[2J")
+    live.line("worker 1", "[bold]y[/bold]\a\b")
+    live.close()
+    assert text_of(screen) == "[worker 0] [bold]x[/bold] [/] red \n[worker 1] [bold]y[/bold]\n"
 
 
 def test_a_long_line_is_not_broken() -> None:
     screen = console(width=20)
-    LiveScreen(screen).line("worker 0", "x" * 50)
+    live = LiveScreen(screen)
+    live.line("worker 0", "x" * 50)
+    live.close()
     assert text_of(screen) == "[worker 0] " + "x" * 50 + "\n"
 
 
@@ -120,6 +125,24 @@ def test_a_live_screen_draws_leaves_no_trace_and_ends_with_a_table() -> None:
     live.table([("steps", "12"), ("run directory", "[runs]/x")])
     assert "[worker 0] hello" in text_of(screen)
     assert "[runs]/x" in text_of(screen).splitlines()[-2]
+
+
+def test_lines_of_a_worker_that_writes_a_lot_are_drawn_together_in_order() -> None:
+    screen = console()
+    live = LiveScreen(screen)
+    live.show(view())
+    drawn = text_of(screen).count("samples/s")
+    for number in range(5000):
+        live.line(f"worker {number % 2}", f"line {number}")
+    live.show(view(12.01))
+    live.note("a note")
+    live.close()
+    shown = text_of(screen)
+    assert re.findall(r"(\[worker \d\] line \d+|a note)$", shown, re.MULTILINE) == [
+        *(f"[worker {number % 2}] line {number}" for number in range(5000)),
+        "a note",
+    ]
+    assert shown.count("samples/s") < 20 * drawn
 
 
 def test_closing_a_screen_that_never_showed_anything_is_fine() -> None:
