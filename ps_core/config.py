@@ -271,6 +271,11 @@ def _validate_consistency(config: Config) -> None:
             "strategy allreduce is synchronous: every worker takes part in every update. Use mode "
             "sync without backup workers, or shards"
         )
+    if config.pipeline.stages > 1 and (given.mode == "local" or given.backup_workers):
+        raise ConfigError(
+            "a pipeline trains in modes sync, bounded and async, without backup workers: choose "
+            "one, or leave out --stages"
+        )
     modifiers = {
         "backup_workers": ("sync", bool(given.backup_workers)),
         "staleness_scaling": ("async", given.staleness_scaling),

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 import torch
 
 from ps_core.errors import (
+    ConfigError,
     DataLossError,
     MismatchError,
     NonFiniteError,
     Preempted,
     ResultError,
     UsageError,
+    in_short,
 )
 from ps_core.exchange import Farewell
 from ps_core.local_steps import outer_spec
@@ -28,10 +30,21 @@ from shardline.seeds import seed_all
 def choose_device(name: str, cluster: ClusterConfig) -> torch.device:
     """`auto`: workers of one machine take its GPUs in turn."""
     if name != "auto":
-        return torch.device(name)
+        return _device(name)
     count = torch.cuda.device_count()
     place = cluster.rank if cluster.local_rank < 0 else cluster.local_rank
     return torch.device("cuda", place % count) if count else torch.device("cpu")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"worker.device = {name!r}: {in_short(error)}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise ConfigError(f"worker.device = {name!r}: torch sees {there} CUDA devices")
+    return device
 
 
 def prepare_process(config: Config, device: torch.device) -> None:

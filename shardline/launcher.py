@@ -14,8 +14,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from ps_core.cgroup import cpu_limit
-from ps_core.config import split_address
+from ps_core.config import check_addresses, split_address
 from ps_core.errors import ConfigError, ShardlineError
+from ps_core.settings import PipelineConfig
 from shardline import local_plan, report, run_directory
 from shardline.curves import Curves
 from shardline.display import Screen
@@ -48,6 +49,8 @@ def run(launch: Launch, screen: Screen) -> int:
     later is told on the screen and on standard error.
     """
     launch.program.check()
+    check_addresses(launch.config)
+    _check_schedule(launch.config.pipeline)
     allow_open_files(1 + launch.num_shards + launch.num_workers)
     directory = run_directory.create(launch.config.job.run_dir, launch.program.name, time.time())
     ports = free_ports(2 * launch.num_shards + launch.num_workers + 1)
@@ -60,6 +63,13 @@ def run(launch: Launch, screen: Screen) -> int:
     if invitation := report.invitation(launch, specs[0].address):
         screen.note(invitation)
     return _Run(launch, directory, screen, specs, job_id).to_its_end()
+
+
+def _check_schedule(pipeline: PipelineConfig) -> None:
+    if pipeline.stages > 1 and pipeline.microbatches:
+        from pipeline.schedule import check_microbatches  # imports torch, as a rendezvous does
+
+        check_microbatches(pipeline.schedule, pipeline.stages, pipeline.microbatches)
 
 
 def _num_cpus() -> int:

@@ -31,22 +31,10 @@ def check_strategy(config: Config) -> None:
             "strategy allreduce needs cluster.rendezvous: start the script with `shardline run "
             "--strategy allreduce` or torchrun"
         )
-    _check_stages(config)
-
-
-def _check_stages(config: Config) -> None:
-    if config.pipeline.stages == 1:
-        return
-    if not config.cluster.rendezvous:
+    if config.pipeline.stages > 1 and not cluster.rendezvous:
         raise ConfigError(
             "the stages of a pipeline need cluster.rendezvous to find each other: start the script "
             "with `shardline run --stages`"
-        )
-    consistency = config.consistency
-    if consistency.mode == "local" or consistency.backup_workers:
-        raise ConfigError(
-            "a pipeline trains in modes sync, bounded and async, without backup workers: choose "
-            "one, or leave out --stages"
         )
 
 

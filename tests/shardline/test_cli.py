@@ -180,6 +180,21 @@ def test_wrong_usage_ends_with_2_and_one_line_that_helps(
         (["run", "--mode", "magic", "train.py"], "consistency.mode = 'magic'"),
         (["run", "--part-bytes", "100", "train.py"], "exchange.part_bytes"),
         (["run", "--config", "none.toml", "train.py"], "none.toml"),
+        (["run", "--mode", "local", "--stages", "2", "train.py"], "trains in modes sync, bounded"),
+        (["run", "--backup-workers", "1", "--stages", "2", "--workers", "4", "train.py"], "stages"),
+        (
+            [
+                "run",
+                "--stages",
+                "2",
+                "--schedule",
+                "1f1b",
+                "--microbatches",
+                "1",
+                "train.py",
+            ],
+            "schedule '1f1b' on 2 workers cannot run 1 microbatches: give 2",
+        ),
         (["status"], "--shards HOST:PORT"),
         (["status", "--shards", "nowhere"], "'nowhere'"),
     ],
@@ -193,6 +208,16 @@ def test_what_cannot_work_ends_with_2_before_anything_is_started(
     assert words in captured.err
     assert captured.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_an_address_that_its_processes_would_refuse_is_refused_before_they_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SHARDLINE_SERVER_HOST", "0.0.0.0")  # noqa: S104  # refused
+    (tmp_path / "train.py").touch()
+    assert cli.main(["run", "train.py"]) == 2
+    assert "0.0.0.0 is not a loopback address" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from ps_core.errors import (
+    ConfigError,
     DataLossError,
     EvictedError,
     JobFailedError,
@@ -15,6 +16,23 @@ from ps_core.exchange import Farewell
 from ps_core.plan import ParameterSpec
 from ps_core.settings import ClusterConfig, ConsistencyConfig
 from shardline.description import choose_device, extras, farewell, job_spec, reason, trained
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gpu", "worker.device = 'gpu': Expected one of cpu, cuda,"),
+        ("cuda:2", "worker.device = 'cuda:2': torch sees 2 CUDA devices"),
+        ("cpu:x", "worker.device = 'cpu:x': "),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError) as refused:
+        choose_device(name, ClusterConfig())
+    assert str(refused.value).startswith(words)
 
 
 @pytest.mark.parametrize(
