@@ -1,4 +1,4 @@
-"""One worker's connection to one shard. The only file of the worker that knows gRPC."""
+"""One worker's connection to one shard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from ps_core.errors import (
     JobOverError,
     ShardlineError,
     ShardUnreachableError,
-    error_from,
 )
 from ps_core.rpc import (
     SHARD_SERVICE,
@@ -33,8 +32,9 @@ from ps_core.rpc import (
     unary_stream,
     unary_unary,
 )
-from ps_core.settings import Config, RpcConfig
+from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
+from ps_worker.calls import translate, unary
 
 log = logging.getLogger(__name__)
 
@@ -66,45 +66,6 @@ class Listener(Protocol):
     def fail(self, shard: int, failure: ShardlineError, *, final: bool = True) -> None:
         """The stream is broken for this reason; before that, not `final`, for a symptom."""
         ...
-
-
-def describe(address: str, config: RpcConfig) -> shard_pb2.DescribeResponse:
-    """What the shard at `address` says about itself. Raises ShardUnreachableError within the call
-    timeout.
-    """
-    with open_channel(address, config) as channel:
-        call = unary_unary(channel, SHARD_SERVICE, "Describe")
-        response: shard_pb2.DescribeResponse = _unary(
-            call, shard_pb2.DescribeRequest(), f"shard at {address}", config.call_timeout_seconds
-        )
-        return response
-
-
-def reserve(address: str, config: RpcConfig) -> int:
-    """A rank for a worker that is about to be started, from the lead at `address`. Raises
-    MismatchError when there is none, ShardUnreachableError within the call timeout.
-    """
-    with open_channel(address, config) as channel:
-        call = unary_unary(channel, SHARD_SERVICE, "Reserve")
-        request = shard_pb2.ReserveRequest()
-        response = _unary(call, request, f"the lead at {address}", config.call_timeout_seconds)
-        return int(response.rank)
-
-
-def _unary(call: Any, request: Any, shard: str, timeout_seconds: float) -> Any:
-    try:
-        return call(request, timeout=timeout_seconds)
-    except grpc.RpcError as error:
-        raise _translate(error, shard) from error
-
-
-def _translate(error: grpc.RpcError, shard: str) -> ShardlineError:
-    """The error of a call that failed; one that names the shard when it did not answer."""
-    code, details = error.code(), error.details() or ""
-    failure = error_from(code, details)
-    if isinstance(failure, ShardUnreachableError) or code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return ShardUnreachableError(f"no answer from {shard} ({details})")
-    return failure
 
 
 def _is_over() -> JobOverError:
@@ -195,7 +156,7 @@ class ShardClient:
             yield from messages
 
         call = stream_unary(self._channel, SHARD_SERVICE, "Load")
-        _unary(call, requests(), str(self), self._long_seconds)
+        unary(call, requests(), str(self), self._long_seconds)
 
     def pull(self, content: shard_pb2.Content) -> Iterator[shard_pb2.PullResponse]:
         """Read the shard's values: the version first."""
@@ -204,7 +165,7 @@ class ShardClient:
         try:
             yield from call(request, timeout=self._long_seconds)
         except grpc.RpcError as error:
-            raise _translate(error, str(self)) from error
+            raise translate(error, str(self)) from error
 
     def open(self, listener: Listener) -> None:
         """Open the stream. A thread of this client tells the listener what comes."""
@@ -255,7 +216,7 @@ class ShardClient:
 
     def _call_unary(self, name: str, request: Any) -> Any:
         call = unary_unary(self._channel, SHARD_SERVICE, name)
-        return _unary(call, request, str(self), self._config.call_timeout_seconds)
+        return unary(call, request, str(self), self._config.call_timeout_seconds)
 
     def _open_stream(
         self, missing: Callable[[], Iterable[shard_pb2.ExchangeRequest | Frame]]
@@ -309,7 +270,7 @@ class ShardClient:
                     listener.receive(self.index, decode_response(frame))
                 return
             except grpc.RpcError as error:
-                symptom = _translate(error, str(self))
+                symptom = translate(error, str(self))
                 if not isinstance(symptom, ShardUnreachableError) or self._closing:
                     raise symptom from error
             now = time.monotonic()

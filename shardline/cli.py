@@ -21,7 +21,7 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from ps_core import __version__, config
-from ps_core.errors import ConfigError, ShardlineError
+from ps_core.errors import ConfigError, JobOverError, ShardlineError, ShardUnreachableError
 from ps_core.settings import Config
 from shardline.program import Program
 from shardline.streams import prepare_streams, say
@@ -64,6 +64,8 @@ _RUN_KEYS: Final = (
 )
 _WORKER_KEYS: Final = ("worker.threads", "worker.device", "rpc.insecure")
 _WATCH_SECONDS: Final = 1.0
+_MAX_MISSES: Final = 3
+"""So often in a row a job that was seen does not answer before it counts as gone."""
 _FILE_WIDTH: Final = 160
 
 _EXAMPLES: Final = """\
@@ -283,7 +285,7 @@ def _add_status(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument("--rendezvous", dest=_RENDEZVOUS, metavar="HOST:PORT", help=_MEET_HELP)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON document, for programs")
-    form.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    form.add_argument("--watch", action="store_true", help="again each second, until it is over")
     _add_config(parser, ("rpc.insecure",))
 
 
@@ -387,17 +389,32 @@ def _report_of_workers(settings: Config) -> "status.Report":
 
 
 def _watch(ask: "Callable[[], status.Report]") -> int:
-    """Until Ctrl-C, which is how it is meant to end."""
+    """Until Ctrl-C, or until the job that was seen is gone."""
     with contextlib.suppress(KeyboardInterrupt):
         if not sys.stdout.isatty():
-            while True:
-                _print(_text(ask().picture))
-                time.sleep(_WATCH_SECONDS)
-        with Live(auto_refresh=False) as live:
-            while True:
-                live.update(ask().picture, refresh=True)
-                time.sleep(_WATCH_SECONDS)
+            farewell = _look_on(ask, lambda picture: _print(_text(picture)))
+        else:
+            with Live(auto_refresh=False) as live:
+                farewell = _look_on(ask, lambda picture: live.update(picture, refresh=True))
+        _print(farewell)
     return 0
+
+
+def _look_on(ask: "Callable[[], status.Report]", show: Callable[[Group], None]) -> str:
+    """Show the job every second; what to say when it has not been seen for a while."""
+    seen: status.Report | None = None
+    num_misses = 0
+    while seen is None or num_misses < _MAX_MISSES:
+        try:
+            report = ask()
+            show(report.picture)
+            seen, num_misses = (report, 0) if report.job else (seen, num_misses + 1)
+        except (ShardUnreachableError, JobOverError):  # of a rendezvous
+            if seen is None:
+                raise
+            num_misses += 1
+        time.sleep(_WATCH_SECONDS)
+    return seen.farewell
 
 
 def _text(picture: Group) -> str:

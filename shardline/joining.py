@@ -10,7 +10,7 @@ from ps_core.config import PREFIX, check_addresses, inherited_environment, load,
 from ps_core.errors import ConfigError, JobFailedError, MismatchError, ShardlineError
 from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
-from ps_worker import client
+from ps_worker import calls
 from shardline.program import Program
 from shardline.streams import say
 
@@ -40,8 +40,8 @@ def join(config: Config, program: Program) -> NoReturn:
 def _place(config: Config) -> tuple[dict[str, str], int]:
     """In a job with shards: its variables, and a rank."""
     address = config.cluster.shards[0]
-    job = environment(client.describe(address, config.rpc), config)
-    return job, client.reserve(address, config.rpc)
+    job = environment(calls.describe(address, config.rpc), config)
+    return job, calls.reserve(address, config.rpc)
 
 
 def _place_among_workers(config: Config) -> tuple[dict[str, str], int]:

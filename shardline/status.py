@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from google.protobuf.message import Message
@@ -11,13 +12,17 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ps_core.config import PREFIX
 from ps_core.errors import ShardlineError, ShardUnreachableError
 from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
-from ps_worker.client import describe
+from ps_worker.calls import describe
 from shardline.display import duration, size
 from shardline.status_grid import grid_document, grid_table, num_stages
 
+_RUN_DIR: Final = f"{PREFIX}JOB_RUN_DIR"
+_FOLDED: Final = ("address", "process")
+"""Columns that take two lines on a narrow terminal, rather than lose their ends."""
 _NAMES: Final = ("shard", "address", "phase", "worker", "state", "process")
 
 
@@ -43,12 +48,26 @@ class Report:
     picture: Group
     """For people."""
     exit_code: int
+    job: str = ""
+    """Which job was seen."""
+    results: str = ""
+    """Its run directory."""
+
+    @property
+    def farewell(self) -> str:
+        """What to say once nothing of the job answers any more."""
+        where = Path(self.results) / "summary.json"
+        hint = f"; how it ended is in {where}" if self.results and where.parent.is_dir() else ""
+        return f"job {self.job} is over: its processes are gone{hint}"
 
 
 def report(config: Config) -> Report:
     """Ask every shard in `cluster.shards`."""
     shards = ask(config)
-    return Report(document(shards), picture(shards), exit_code(shards))
+    answers = [shard.answer for shard in shards if shard.answer]
+    job = next((each.job_id for each in answers if each.job_id), "")
+    results = next((each.settings[_RUN_DIR] for each in answers if _RUN_DIR in each.settings), "")
+    return Report(document(shards), picture(shards), exit_code(shards), job, results)
 
 
 def ask(config: Config) -> list[Shard]:
@@ -147,11 +166,16 @@ def _problems(shards: Sequence[Shard]) -> Iterator[str]:
 
 
 def _table(*columns: str) -> Table:
-    """Names on the left, numbers on the right, every row one line."""
+    """Names on the left, numbers on the right."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         is_number = column not in _NAMES
-        table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
+        table.add_column(
+            column,
+            justify="right" if is_number else "left",
+            no_wrap=column not in _FOLDED,
+            overflow="fold",
+        )
     return table
 
 
@@ -161,7 +185,8 @@ def _shard_table(shards: Sequence[Shard]) -> Table:
     for shard in shards:
         table.add_row(*map(Text, _shard_row(shard)))
     jobs = dict.fromkeys(each.answer.job_id for each in shards if each.answer)
-    table.title = ", ".join(f"job {job}" for job in jobs if job) or "no job yet"
+    nothing = "no job yet" if jobs else "no shard answers"
+    table.title = ", ".join(f"job {job}" for job in jobs if job) or nothing
     return table
 
 

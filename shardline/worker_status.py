@@ -23,7 +23,8 @@ def report(config: Config) -> Report:
         "generation": generation,
         "workers": [_plain(seen, job.pipeline.stages) for seen in workers],
     }
-    return Report(document, _picture(job, generation, workers), exit_code=0)
+    picture = _picture(job, generation, workers)
+    return Report(document, picture, exit_code=0, job=job.job.id, results=job.job.run_dir)
 
 
 def _plain(seen: Seen, stages: int) -> dict[str, object]:

@@ -77,6 +77,7 @@ FENCES = (
             "ps_server/service*.py",
             "ps_server/lead_link.py",
             "ps_server/server.py",
+            "ps_worker/calls.py",
             "ps_worker/client.py",
             "*/__main__.py",
         ),

@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 from ps_core.config import load
 from ps_core.errors import ConfigError, UsageError
 from ps_core.optimizer import ExchangeOptimizer
-from ps_worker.client import describe
+from ps_worker.calls import describe
 from shardline.ledger import Balance, Ledger
 from shardline.session import Session
 from tests.cluster import TEST_SECONDS, Cluster, one_thread, run_alone

@@ -31,7 +31,8 @@ from ps_core.rpc import Frame
 from ps_core.settings import Config, MembershipConfig, RpcConfig
 from ps_core.v1 import shard_pb2
 from ps_core.v1.shard_pb2 import ExchangeRequest, ExchangeResponse, WorkerId
-from ps_worker.client import ShardClient, describe
+from ps_worker.calls import describe
+from ps_worker.client import ShardClient
 from tests.processes import Proxy, occupied_port
 from tests.ps_worker.fake_shard import PATIENCE_SECONDS, FakeShard, FakeStream
 

@@ -8,9 +8,11 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+from rich.console import Group
 
 import ps_core
 from ps_core.config import inherited_environment, load
+from ps_core.settings import Config
 from shardline import cli, launcher, status
 from shardline.display import Screen
 from shardline.local_plan import Launch
@@ -294,6 +296,36 @@ def test_watching_goes_on_until_ctrl_c(
     monkeypatch.setattr("shardline.cli.time.sleep", interrupt_the_second)
     assert cli.main(["status", "--watch", "--shards", shard]) == 0
     assert capsys.readouterr().out.count(shard) == 2
+
+
+def test_watching_ends_when_the_job_that_was_seen_is_gone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(config: Config) -> status.Report:
+        return status.Report({}, Group(f"look {len(pauses)}"), 0, jobs.pop(0))
+
+    pauses: list[float] = []
+    jobs = ["", "", "", "", "digits-1", "", "", "digits-1", "", "", "", "another"]
+    monkeypatch.setattr(status, "report", report)
+    monkeypatch.setattr("shardline.cli.time.sleep", pauses.append)
+    assert cli.main(["status", "--watch", "--shards", "127.0.0.1:1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        *(f"look {number}" for number in range(11)),
+        "job digits-1 is over: its processes are gone",
+    ]
+
+
+def test_status_imports_no_torch(shard: str) -> None:
+    program = f"""
+import sys
+from shardline import cli
+code = cli.main(["status", "--shards", "{shard}"])
+assert not sys.modules.keys() & {{"torch", "numpy"}}
+sys.exit(code)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -116,7 +116,7 @@ def test_what_cannot_be_joined_is_an_error_that_says_why(
 JOIN_WITH_A_STAND_IN = """
 import sys
 from ps_core.v1 import shard_pb2
-from ps_worker import client
+from ps_worker import calls
 from shardline import cli
 
 def describe(address, config):
@@ -126,7 +126,7 @@ def describe(address, config):
 def reserve(address, config):
     return 3
 
-client.describe, client.reserve = describe, reserve
+calls.describe, calls.reserve = describe, reserve
 sys.exit(cli.main(["worker", *sys.argv[1:]]))
 """
 SCRIPT = """

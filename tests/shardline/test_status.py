@@ -1,9 +1,10 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
-from rich.console import Console
+from rich.console import Console, Group
 
 from ps_core.config import load
 from ps_core.errors import MismatchError, ShardlineError, ShardUnreachableError
@@ -105,6 +106,29 @@ def test_people_see_a_row_per_shard_one_per_worker_and_what_is_wrong() -> None:
     assert rows[-2:] == [["c:3: worker 1 died"], ["b:2: no answer from b:2"]]
 
 
+def test_a_narrow_terminal_cuts_no_address_and_no_process() -> None:
+    answer = shard_pb2.DescribeResponse()
+    answer.CopyFrom(ANSWER)
+    answer.host = "a-machine-with-a-long-name"
+    address = "shard-0.shards.of-a-long-namespace.svc:65000"
+    console = Console(file=io.StringIO(), width=80)
+    console.print(status.picture([Shard(address, answer=answer)]))
+    assert isinstance(console.file, io.StringIO)
+    rows = console.file.getvalue().splitlines()
+    [header] = [line for line in rows if "address" in line]
+    start, end = header.index("address"), header.index("phase")
+    assert address in "".join(line[start:end].strip() for line in rows)
+    assert "…" not in console.file.getvalue()
+
+
+def test_a_job_that_was_seen_has_a_farewell_with_the_place_of_its_results(tmp_path: Path) -> None:
+    here, elsewhere = (
+        status.Report({}, Group(), 0, "digits-1", folder) for folder in (str(tmp_path), "/nowhere")
+    )
+    assert elsewhere.farewell == "job digits-1 is over: its processes are gone"
+    assert here.farewell == f"{elsewhere.farewell}; how it ended is in {tmp_path}/summary.json"
+
+
 def test_people_see_what_became_of_the_samples_and_who_is_slow() -> None:
     answer = shard_pb2.DescribeResponse()
     answer.CopyFrom(ANSWER)
@@ -125,7 +149,8 @@ def test_the_settings_that_another_worker_needs_are_in_the_document() -> None:
 def test_a_picture_without_workers_has_no_table_of_them() -> None:
     rows = printed([GONE])
     assert not any("worker" in row for row in rows)
-    assert ["no job yet"] in rows
+    assert ["no shard answers"] in rows
+    assert ["no job yet"] in printed([Shard("a:1", answer=shard_pb2.DescribeResponse())])
 
 
 def test_all_shards_are_asked_and_a_silent_one_spoils_nothing(
