@@ -11,6 +11,11 @@ if TYPE_CHECKING:
 __all__ = ["Session", "ShardlineError", "__version__", "connect"]
 
 
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
     """Import torch when a training script asks for it, not for every command line."""
     if name in ("Session", "connect"):

@@ -120,13 +120,13 @@ class Attendance:
         """This worker has joined a running job: where that is."""
         self._there = point
 
-    def begin_loop(self, count: int) -> range:
-        """Another `session.epochs` begins: what is left of its `count` epochs."""
+    def begin_loop(self, count: int, start: int = 0) -> range:
+        """Another `session.epochs` begins: what is left of its epochs from `start` to `count`."""
         loop, there = self.point.loop + 1, self._there
         self._enter(Point(loop))
         if loop == there.loop:
             return range(there.data_epoch, count)
-        return range(count if loop < there.loop else 0, count)
+        return range(count if loop < there.loop else start, count)
 
     def end_loop(self, count: int) -> None:
         """The `session.epochs` of `count` epochs has ended, or the script has broken out of it."""

@@ -64,6 +64,12 @@ _CHANGED_GRADIENTS = (
 )
 
 
+_NOTHING_IS_KEPT = (
+    "the model, logged values and results of this job will not be written: set "
+    "SHARDLINE_JOB_RUN_DIR to an existing folder, or start the script with `shardline run`"
+)
+
+
 def _say(text: str) -> None:
     """Tell the person who runs the script."""
     say(f"shardline: {text}\n")
@@ -97,6 +103,14 @@ def _exit_on_error() -> Iterator[None]:
 class Session:
     """One worker of a job, or a process that trains alone.
 
+    Attributes:
+        rank: this worker's number among all; with --stages, its replica's.
+        world_size: the number of workers, or of replicas, that the job starts with.
+        stage: which part of its replica's model this worker has; 0 without --stages.
+        device: where the model and its inputs belong.
+        seed: job.seed, the same on all workers.
+        config: the whole configuration.
+
     Leaving the `with` block well waits for all workers, then the chosen one writes the model. An
     exception in the block takes this worker out of the job, which goes on without it, unless every
     worker would fail like this: wrong usage, a mismatch and gradients that are not finite fail the
@@ -109,10 +123,8 @@ class Session:
         self.config = config
         counted = config.by_replica().cluster
         self.rank = counted.rank
-        """Of this worker among all; with --stages, of its replica of the model among all."""
         self.world_size = counted.num_workers
         self.stage = config.cluster.rank % config.pipeline.stages
-        """Which part of its replica's model this worker has."""
         self.seed = config.job.seed
         self.device = choose_device(config.worker.device, config.cluster)
         prepare_process(config, self.device)
@@ -205,6 +217,8 @@ class Session:
         self._optimizer = self._wrap(optimizer, plan, buckets, spec, max_grad_norm)
         self._attendance.bind(self.exchange, self._optimizer)
         self._journal.joined()
+        if self._run_dir is None:
+            self._notices.once(_NOTHING_IS_KEPT)
         if start.position is not None:
             self._attendance.others_are_at(start.position.point)
             _say(f"worker {self.rank} joins a running job at step {start.step}")
@@ -324,11 +338,15 @@ class Session:
             raise UsageError("call session.optimizer(...) before session.scheduler(...)")
         return self._schedules.build(make, self._optimizer, self._start)
 
-    def epochs(self, count: int) -> Iterator[int]:
-        """0 … count - 1; on a worker that has joined a running job from the others' epoch on. All
-        workers meet after each, and then hold the same, newest parameters.
+    def epochs(self, count: int, start: int = 0) -> Iterator[int]:
+        """start … count - 1, for a script that goes on from a checkpoint of its own; on a worker
+        that has joined a running job from the others' epoch on. All workers meet after each, and
+        then hold the same, newest parameters. Loaders begin with the order of their first pass.
+        Raises UsageError.
         """
-        num_loaders, epochs = self._num_loaders, self._attendance.begin_loop(count)
+        if start < 0:
+            raise UsageError(f"session.epochs(start={start}): epochs are counted from 0 on")
+        num_loaders, epochs = self._num_loaders, self._attendance.begin_loop(count, start)
         try:
             for epoch in epochs:
                 # A loader that is made anew in every epoch is the same one: its next pass follows.

@@ -270,3 +270,13 @@ def test_a_joiner_goes_through_what_is_left_of_the_loops(
         assert list(attendance.begin_loop(3)) == left
         attendance.end_loop(3)
         assert attendance.point == Point(loop, 3)
+
+
+def test_a_loop_may_start_later_where_the_others_are_not_further() -> None:
+    attendance = Attendance()
+    assert list(attendance.begin_loop(5, start=3)) == [3, 4]
+    assert list(attendance.begin_loop(2, start=3)) == []
+    joined = Attendance()
+    joined.others_are_at(Point(1, 4))
+    assert list(joined.begin_loop(5, start=3)) == [4]
+    assert list(joined.begin_loop(5, start=3)) == [3, 4]
