@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from ps_core.errors import UsageError
 from ps_core.memory import release_freed_memory
 from ps_core.plan import BucketLayout, Placement, Plan
 
 _NUM_SAMPLES = 4096
-"""Elements per bucket that `check_unchanged` compares."""
+"""Elements per bucket that `changed` always compares."""
+_NUM_SUMS = 2039
+"""A prime, so that elements which change places in a weight of a usual width go into other sums."""
 
 
 class Bucket:
@@ -42,8 +45,10 @@ class Bucket:
         on_host = device.type == "cpu"
         self.host_parameters = self.parameters if on_host else _mirror(self.parameters)
         self.host_gradients = self.gradients if on_host else _mirror(self.gradients)
-        self.gradient_views = self._views(self.gradients)
-        self.parameter_views = self._views(self.parameters)
+        # Edits of these by a script are counted apart from the exchange's of `gradients`.
+        self.gradient_views = self._views(self.gradients.data)
+        # With storages of their own parameters are copied, saved and compared as in plain torch.
+        self.parameter_views = [from_dlpack(view) for view in self._views(self.parameters)]
         for parameter, view in zip(self.members, self.parameter_views, strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
@@ -100,6 +105,7 @@ class Bucket:
         torch.sub(self._anchor, self.parameters, out=self.gradients)
         self.present = [True] * len(self.members)
         self.parameters.copy_(self._anchor)
+        self.accept()
 
     def download(self) -> None:
         """Bring the collected gradients to the host, where the exchange reads them."""
@@ -113,9 +119,12 @@ class Bucket:
         self.accept()
 
     def accept(self) -> None:
-        """Take the parameters as they are: `changed` compares with them from now on."""
+        """Take the parameters, just written, as they are: `changed` compares with them from now on,
+        and a backward pass through the former values fails, as after a step of torch.optim.
+        """
+        torch.autograd.graph.increment_version(self.members)
         self._versions = [parameter._version for parameter in self.members]
-        self._remembered = self._sample()
+        self._remembered, self._sums = self._sample(), self._sum_up()
 
     def first_nonfinite(self) -> Placement | None:
         """The first placement whose collected gradient holds NaN or infinity.
@@ -131,19 +140,36 @@ class Bucket:
                 return placement
         return None
 
+    def lend(self) -> None:
+        """From now on the exchange may write the host parameters, long before it calls `upload`.
+        Where the model computes with these a backward pass that still needs them fails.
+        """
+        if self.host_parameters is self.parameters:
+            torch.autograd.graph.increment_version(self.members)
+
+    @property
+    def gradient_version(self) -> int:
+        """Grows with everything but the exchange that writes to a `.grad` in here."""
+        return self.gradient_views[0]._version
+
+    @torch.no_grad()
     def changed(self) -> Placement | None:
         """A placement whose parameter was changed by anyone but the exchange since `accept`.
 
         Exact for replaced storage and for in-place operations that autograd sees (`p.copy_()`,
         `p.add_()` under no_grad); operations on `p.data` are found by comparing a sample of the
-        elements.
+        elements. A parameter that has its values back is as it was.
         """
-        for position, placement in enumerate(self.layout.placements):
-            parameter, view = self.members[position], self.parameter_views[position]
-            if parameter._version != self._versions[position] or (
-                parameter.data_ptr() != view.data_ptr()
-            ):
-                return placement
+        touched = [
+            position
+            for position, parameter in enumerate(self.members)
+            if parameter._version != self._versions[position]
+            or parameter.data_ptr() != self.parameter_views[position].data_ptr()
+        ]
+        if touched:
+            if not all(map(self._take_back, touched)) or not self._sum_up().equal(self._sums):
+                return self.layout.placements[touched[0]]
+            self._versions = [parameter._version for parameter in self.members]
         different = (self._sample() != self._remembered).nonzero()
         if not len(different):
             return None
@@ -151,6 +177,27 @@ class Bucket:
         return max(
             (p for p in self.layout.placements if p.offset <= element), key=lambda p: p.offset
         )
+
+    def _take_back(self, position: int) -> bool:
+        """Have a parameter's values in this bucket again, if they are of its kind."""
+        parameter, view = self.members[position], self.parameter_views[position]
+        kinds = [(each.dtype, each.shape, each.device) for each in (parameter, view)]
+        if kinds[0] != kinds[1]:
+            return False
+        if parameter.data_ptr() != view.data_ptr():
+            view.copy_(parameter)
+            parameter.data = view
+        return True
+
+    def _sum_up(self) -> torch.Tensor:
+        """All bits, as sums of words that are evenly spaced: other values do not have the same by
+        chance. One reading pass.
+        """
+        words = self.parameters.view(torch.int64)
+        rest = len(words) % _NUM_SUMS
+        sums = words[rest:].view(-1, _NUM_SUMS).sum(0)
+        sums[:rest] += words[:rest]
+        return sums
 
     def _sample(self) -> torch.Tensor:
         """Bits of evenly spaced elements, as integers so that NaN equals itself."""

@@ -58,8 +58,8 @@ class LocalExchange:
         """Apply the update."""
         if not self._abstains:
             self._updater.step()
-        for bucket in self._buckets:
-            bucket.accept()
+            for bucket in self._buckets:
+                bucket.accept()
         self._leases.settle(_ALONE)
         return Outcome(step + 1, version=step + 1, applied=not self._abstains, staleness=0)
 

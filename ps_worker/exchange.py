@@ -180,6 +180,7 @@ class ParameterServerExchange:
     def submit(self, bucket: Bucket, step: int) -> None:
         """Queue the bucket's parts for their shards; each is copied once, when it is sent."""
         bucket.download()
+        bucket.lend()  # the first answers may come while this worker still computes
         for part in self._parts[bucket.layout.index]:
             present = [bucket.present[self._positions[s.parameter][1]] for s in part.slices]
             frame = partial(codec.encode_push, step, part, present, bucket.host_gradients)

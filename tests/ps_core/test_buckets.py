@@ -1,9 +1,13 @@
+import copy
+import gc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 from ps_core.buckets import Bucket, make_buckets
@@ -65,6 +69,41 @@ def test_what_is_written_to_the_flat_buffer_is_what_the_model_computes_with() ->
     bucket.parameters.fill_(1.0)
     bucket.upload()
     assert model(torch.ones(1, 3)).tolist() == [[4.0, 4.0]]
+
+
+def test_a_parameter_has_a_storage_of_its_own_size() -> None:
+    parameters = random_parameters((3, 5), (), (130,))
+    bucket = bucket_of(*parameters)
+    for parameter in parameters:
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+        assert copy.deepcopy(parameter).untyped_storage().nbytes() == parameter.nbytes
+    values = [parameter.detach() for parameter in parameters]
+    del parameters, parameter, bucket
+    gc.collect()
+    assert [value.sum().isfinite() for value in values]  # their memory is theirs, too
+
+
+def test_a_script_saves_one_layer_and_the_whole_model_as_in_plain_torch(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(100, 100))
+    bucket_of(*model.parameters())
+    torch.save(model[0].state_dict(), tmp_path / "layer.pt")
+    assert (tmp_path / "layer.pt").stat().st_size < 4000
+    save_model(model, str(tmp_path / "model.safetensors"))
+    other = nn.Sequential(nn.Linear(3, 2), nn.Linear(100, 100))
+    load_model(other, tmp_path / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+
+
+def test_a_backward_pass_through_values_that_were_replaced_fails_as_in_plain_torch() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    bucket = bucket_of(*model.parameters())
+    first, second = (model(torch.ones(1, 3)).sum() for _ in range(2))
+    first.backward()
+    bucket.upload()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+    model(torch.ones(1, 3)).sum().backward()
 
 
 def test_gaps_between_parameters_are_zero_in_both_buffers() -> None:
@@ -359,7 +398,7 @@ def data_clamp(parameter: nn.Parameter) -> None:
 
 
 def data_replaced(parameter: nn.Parameter) -> None:
-    parameter.data = parameter.data.clone()
+    parameter.data = parameter.data.clone() + 1
 
 
 def data_of_another_dtype(parameter: nn.Parameter) -> None:
@@ -457,6 +496,72 @@ def test_accepting_does_not_forgive_replaced_storage() -> None:
     bucket = bucket_of(parameter)
     data_replaced(parameter)
     bucket.accept()
+    assert changed_parameter(bucket) == 0
+
+
+def climb_and_return(parameter: nn.Parameter) -> None:
+    """As implementations of SAM do."""
+    before = parameter.data.clone()
+    no_grad_add(parameter)
+    parameter.data = before
+
+
+def swap_and_return(parameter: nn.Parameter) -> None:
+    """As averages of weights are evaluated."""
+    before = parameter.detach().clone()
+    for values in (torch.zeros_like(before), before):
+        with torch.no_grad():
+            parameter.copy_(values)
+
+
+def replace_and_return(parameter: nn.Parameter) -> None:
+    before = parameter.data
+    parameter.data = torch.zeros_like(before)
+    parameter.data = before
+
+
+def load_and_return(parameter: nn.Parameter) -> None:
+    owner = nn.ParameterList([parameter])
+    before = {"0": parameter.detach().clone()}
+    owner.load_state_dict({"0": torch.zeros_like(parameter)})
+    owner.load_state_dict(before)
+
+
+RETURNING = [climb_and_return, swap_and_return, replace_and_return, load_and_return]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("change", RETURNING)
+def test_a_parameter_that_has_its_values_back_is_not_changed(
+    change: Callable[[nn.Parameter], None], dtype: torch.dtype
+) -> None:
+    parameters = random_parameters((3, 5), (5000,), dtype=dtype)
+    bucket = bucket_of(*parameters)
+    for parameter in parameters:
+        change(parameter)
+    assert bucket.changed() is None
+    bucket.parameters.fill_(2.0)
+    bucket.upload()
+    assert all(bool((parameter == 2).all()) for parameter in parameters)  # it is still here
+    assert bucket.changed() is None
+
+
+@pytest.mark.parametrize("change", RETURNING)
+def test_of_values_that_come_back_every_bit_counts(change: Callable[[nn.Parameter], None]) -> None:
+    (parameter,) = random_parameters((100_000,))
+    bucket = bucket_of(parameter)
+    change(parameter)
+    with torch.no_grad():
+        parameter[77_777] = torch.nextafter(parameter[77_777], torch.tensor(9.0))
+    assert changed_parameter(bucket) == 0
+
+
+@pytest.mark.parametrize("places", [(0, 1), (1, 64), (3, 4096), (5, 3 * 2048 + 5)])
+def test_values_that_come_back_in_other_places_are_a_change(places: tuple[int, int]) -> None:
+    (parameter,) = random_parameters((100_000,))
+    bucket = bucket_of(parameter)
+    with torch.no_grad():
+        parameter[list(places)] = parameter[list(reversed(places))]
     assert changed_parameter(bucket) == 0
 
 
