@@ -7,13 +7,14 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 import torch
+from torch import nn
 
-from ps_core.tensors import bytes_of
+from ps_core.tensors import bytes_of, memory_of
 
 _DTYPES: Final = {
     torch.float64: "F64",
@@ -56,14 +57,17 @@ def write_model(
 
 
 def distinct_tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The model's tensors by their first names, and what the file says of the other names."""
+    """The model's tensors by their first names, those of parameters if they have any, and what the
+    file says of the other names.
+    """
+    entries: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     tensors: dict[str, torch.Tensor] = {}
     metadata = {"format": "pt"}
-    first_name: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        original = first_name.setdefault(id(tensor), name)
+    first_name: dict[Hashable, str] = {}
+    for name in sorted(entries, key=lambda name: not isinstance(entries[name], nn.Parameter)):
+        original = first_name.setdefault(memory_of(entries[name]), name)
         if original == name:
-            tensors[name] = tensor
+            tensors[name] = entries[name]
         else:
             metadata[f"tied.{name}"] = original
     return tensors, metadata

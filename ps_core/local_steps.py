@@ -28,6 +28,7 @@ from ps_core.optimizer import (
 )
 from ps_core.plan import Plan
 from ps_core.settings import ConsistencyConfig
+from ps_core.tensors import is_trained
 
 
 def outer_spec(config: ConsistencyConfig, num_groups: int) -> OptimizerSpec:
@@ -79,7 +80,7 @@ class LocalStepsOptimizer(ExchangeOptimizer):
         self._outer = outer
         self._local_steps = local_steps
         members = (p for group in inner.param_groups for p in group["params"])
-        self._trained = [parameter for parameter in members if parameter.requires_grad]
+        self._trained = [parameter for parameter in members if is_trained(parameter)]
         """As in the plan."""
         self._pending: list[Work] = []
         """Of the inner steps since the last exchange."""

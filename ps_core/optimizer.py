@@ -29,6 +29,7 @@ from ps_core.exchange import (
 from ps_core.optim_spec import SCALAR_STATE, Hyperparameters, read_groups
 from ps_core.overlap import Overlap
 from ps_core.plan import Plan, num_stages
+from ps_core.tensors import is_trained
 
 
 class JobExchange(Exchange, Peers, DataLeases, OptimizerState, Protocol):
@@ -132,7 +133,7 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         self._overlap = Overlap(buckets, self._hand_over)
         members = [p for group in inner.param_groups for p in group["params"]]
         self._untrained = [p for p in members if not p.requires_grad]
-        self._torch_indices = [i for i, p in enumerate(members) if p.requires_grad]
+        self._torch_indices = [i for i, p in enumerate(members) if is_trained(p)]
         """Plan index → position among all parameters of the groups, which is how torch's state_dict
         counts.
         """
@@ -368,8 +369,9 @@ class ExchangeOptimizer(torch.optim.Optimizer):
                 name = self._plan.parameters[placement.parameter].name
                 raise UsageError(
                     f"parameter {name} was changed between steps: the shards hold the parameters, "
-                    "so the change would be lost. "
-                    "Load or initialise the model before session.optimizer(...)"
+                    "so the change would be lost. Put its values back before optimizer.step(), "
+                    "clamp, normalise or mask it in the model's forward instead, and load or "
+                    "initialise the model before session.optimizer(...)"
                 )
         if any(parameter.requires_grad for parameter in self._untrained):
             raise UsageError(

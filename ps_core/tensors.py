@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 
@@ -27,6 +27,33 @@ _NAMES: Mapping[int, torch.dtype] = {number: dtype for dtype, number in _DTYPES.
 
 TRAINABLE = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 """Element types a shard can hold."""
+
+
+def is_trained(parameter: torch.Tensor) -> bool:
+    """Whether an optimizer's parameter is one that an exchange holds. An empty one has nothing to
+    train.
+    """
+    return parameter.requires_grad and parameter.numel() > 0
+
+
+def address_of(tensor: torch.Tensor) -> tuple[str, int]:
+    """The address space of a strided tensor, and where in it the tensor begins, in bytes. On the
+    meta device every storage is a space.
+    """
+    if tensor.is_meta:
+        space = f"meta {tensor.untyped_storage()._cdata}"
+        return space, int(tensor.storage_offset()) * tensor.itemsize
+    return str(tensor.device), tensor.data_ptr()
+
+
+def memory_of(tensor: torch.Tensor) -> Hashable:
+    """What is equal for two tensors that have the same elements in the same order in memory."""
+    if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel():
+        return id(tensor)
+    strides = None if tensor.is_contiguous() else tensor.stride()
+    signs = (tensor.is_conj(), tensor.is_neg())
+    return address_of(tensor), tensor.dtype, tensor.size(), strides, signs
+
 
 with warnings.catch_warnings():
     # torch warns once per process that writing to a tensor over `bytes` is undefined: nobody does.

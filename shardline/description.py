@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from ps_core.aliases import aliases, tie
+from ps_core.buckets import Bucket, make_buckets
 from ps_core.errors import (
     ConfigError,
     DataLossError,
@@ -21,10 +23,11 @@ from ps_core.exchange import Farewell
 from ps_core.local_steps import outer_spec
 from ps_core.memory import keep_freed_memory, return_freed_memory
 from ps_core.optim_spec import OptimizerSpec, check_consistency, check_norm, describe
-from ps_core.plan import ParameterSpec
+from ps_core.plan import ParameterSpec, Plan
 from ps_core.settings import ClusterConfig, Config, ConsistencyConfig
-from ps_core.tensors import TRAINABLE
+from ps_core.tensors import is_trained
 from shardline.seeds import seed_all
+from shardline.trainable import check_has_memory, check_model, check_parameter
 
 
 def choose_device(name: str, cluster: ClusterConfig) -> torch.device:
@@ -103,12 +106,16 @@ def reason(error: BaseException) -> str:
 def trained(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module
 ) -> tuple[list[torch.nn.Parameter], list[ParameterSpec]]:
-    """The parameters that the shards will hold, in the optimizer's order, and what they are."""
+    """The parameters that the shards will hold, in the optimizer's order, and what they are; of
+    several that are one memory, one. Raises UsageError for a model that cannot be trained.
+    """
+    check_model(model)
+    tie(model, optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters, specs = [], []
     for group, entries in enumerate(optimizer.param_groups):
         for parameter in entries["params"]:
-            if not parameter.requires_grad:
+            if not is_trained(parameter):
                 continue
             specs.append(_spec(parameter, names.get(id(parameter)), group))
             parameters.append(parameter)
@@ -119,24 +126,40 @@ def trained(
     return parameters, specs
 
 
+def move_into_buckets(
+    model: torch.nn.Module, plan: Plan, parameters: Sequence[torch.nn.Parameter], stage: int
+) -> tuple[list[Bucket], set[int]]:
+    """The buckets of a stage, and the ids of all tensors whose values are in the exchange's hands:
+    the parameters, and what shares memory with them.
+    """
+    for layout in plan.buckets:
+        for placement in layout.placements if layout.stage == stage else ():
+            index = placement.parameter
+            check_has_memory(plan.parameters[index].name, parameters[index])
+    found = aliases(model, parameters)
+    buckets = make_buckets(plan, parameters, stage)
+    for alias in found:
+        alias.follow()
+    return buckets, {id(each) for each in (*parameters, *(alias.place.tensor for alias in found))}
+
+
 def _spec(parameter: torch.nn.Parameter, name: str | None, group: int) -> ParameterSpec:
     if name is None:
         raise UsageError(
             f"the optimizer has a parameter of shape {list(parameter.shape)} that the model does "
             "not own: give session.optimizer the module that holds all of them"
         )
-    if parameter.dtype not in TRAINABLE or not parameter.numel():
-        raise UsageError(
-            f"parameter {name} is {parameter.dtype} with {parameter.numel()} elements: shards "
-            "hold non-empty float64, float32, bfloat16 and float16 parameters"
-        )
+    check_parameter(name, parameter)
     return ParameterSpec(name, parameter.dtype, tuple(parameter.shape), group)
 
 
-def extras(model: torch.nn.Module, trained: set[int]) -> Mapping[str, torch.Tensor]:
+def extras(model: torch.nn.Module, exchanged: set[int]) -> Mapping[str, torch.Tensor]:
     """Buffers and untrained parameters, which every worker has but no shard updates. Those of other
     workers' stages have no memory here.
     """
-    extras = dict(model.named_buffers())
-    extras |= {name: p for name, p in model.named_parameters() if id(p) not in trained}
-    return {name: tensor for name, tensor in extras.items() if not tensor.is_meta}
+    extras = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    return {
+        name: tensor
+        for name, tensor in extras.items()
+        if id(tensor) not in exchanged and not tensor.is_meta
+    }

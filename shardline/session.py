@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from ps_core.buckets import Bucket, make_buckets
+from ps_core.buckets import Bucket
 from ps_core.config import check_addresses, load
 from ps_core.errors import ConfigError, ResultError, ShardlineError, UsageError
 from ps_core.exchange import DataLeases, Farewell, Purpose, Start
@@ -32,6 +32,7 @@ from shardline.description import (
     farewell,
     forget_frames,
     job_spec,
+    move_into_buckets,
     prepare_process,
     reason,
     trained,
@@ -206,10 +207,10 @@ class Session:
         exchange, stages = self.config.exchange, self.config.pipeline.stages
         num_shards = max(stages, len(self.config.cluster.shards))
         plan = make_plan(specs, num_shards, exchange.part_bytes, exchange.bucket_bytes)
-        buckets = make_buckets(plan, parameters, self.stage)
-        theirs = {id(parameter) for parameter in parameters}
+        buckets, exchanged = move_into_buckets(model, plan, parameters, self.stage)
         self._model = model
-        start = self._start = self.exchange.join(plan, buckets, spec, lambda: extras(model, theirs))
+        start = self.exchange.join(plan, buckets, spec, lambda: extras(model, exchanged))
+        self._start = start
         for bucket in buckets:
             bucket.accept()
         self._watch(model, buckets)

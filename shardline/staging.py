@@ -24,6 +24,7 @@ from pipeline.schedule import (
 )
 from pipeline.step import PipelineStep
 from pipeline.timing import layer_seconds
+from ps_core.aliases import Alias, aliases
 from ps_core.checkpoint import distinct_tensors, with_signs, write_tensors
 from ps_core.errors import UsageError
 from ps_core.group_metrics import PipelineMetrics
@@ -104,10 +105,20 @@ class Staging:
             for stage, cut in enumerate(cuts)
             for index in cut
         }
+        for alias in aliases(model, parameters):
+            self._check_is_together(alias)
         new = self._materialise(modules)
         for group in optimizer.param_groups:
             group["params"] = [new[each] for each in group["params"] if each in new]
         return [new.get(each, each) for each in parameters], staged
+
+    def _check_is_together(self, alias: Alias) -> None:
+        names = alias.place.name, alias.of.name
+        if len({self._holder_of(name) for name in names}) > 1:
+            raise UsageError(
+                "{} shares memory with parameter {}, and they are in two stages: move a cut with "
+                "session.split, or train without --stages".format(*names)
+            )
 
     def _holder(self, stage: int) -> int:
         """Which worker of the replica holds a run of layers."""
@@ -197,9 +208,9 @@ class Staging:
             deque(tensors, maxlen=0)
 
     def _holder_of(self, name: str) -> int:
-        """Which worker of the replica has the tensor of this name."""
-        layer = max((each for each in self._names if name.startswith(f"{each}.")), key=len)
-        return self._names[layer]
+        """Which worker of the replica has the tensor of this name; -1: it is in no layer."""
+        layers = (each for each in self._names if name.startswith(f"{each}."))
+        return self._names.get(max(layers, key=len, default=""), -1)
 
 
 def _check_all_train(stages: Sequence[int], num_stages: int) -> None:

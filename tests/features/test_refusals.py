@@ -165,7 +165,7 @@ def clamp_data(session: Session) -> Returned:
 
 def replace_data(session: Session) -> Returned:
     model, optimizer = joined(session)
-    model.second.weight.data = model.second.weight.data.clone()
+    model.second.weight.data = model.second.weight.data + 1
     optimizer.step()
     return {}
 

@@ -13,9 +13,17 @@ from ps_core.errors import (
     UsageError,
 )
 from ps_core.exchange import Farewell
-from ps_core.plan import ParameterSpec
+from ps_core.plan import ParameterSpec, make_plan
 from ps_core.settings import ClusterConfig, ConsistencyConfig
-from shardline.description import choose_device, extras, farewell, job_spec, reason, trained
+from shardline.description import (
+    choose_device,
+    extras,
+    farewell,
+    job_spec,
+    move_into_buckets,
+    reason,
+    trained,
+)
 
 
 @pytest.mark.parametrize(
@@ -124,18 +132,30 @@ def test_extras_are_what_is_not_trained_and_has_memory_here() -> None:
     assert extras(made, own).keys() == {"0.bias"}
 
 
-@pytest.mark.parametrize(
-    ("parameter", "message"),
-    [
-        (torch.ones(2, dtype=torch.complex64), "0.more is torch.complex64 with 2 elements"),
-        (torch.ones(0), "0.more is torch.float32 with 0 elements"),
-    ],
-)
-def test_parameters_that_no_shard_holds_are_refused(parameter: torch.Tensor, message: str) -> None:
+def test_an_empty_parameter_is_not_trained() -> None:
     made = model()
-    made.get_submodule("0").register_parameter("more", nn.Parameter(parameter))
-    with pytest.raises(UsageError, match=message):
-        trained(torch.optim.SGD(made.parameters(), lr=0.1), made)
+    made.get_submodule("0").register_parameter("more", nn.Parameter(torch.ones(0)))
+    parameters, specs = trained(torch.optim.SGD(made.parameters(), lr=0.1), made)
+    assert "0.more" not in [spec.name for spec in specs]
+    assert "0.more" in extras(made, {id(parameter) for parameter in parameters})
+
+
+def test_what_shares_memory_with_a_parameter_is_exchanged_with_it_and_no_extra() -> None:
+    made = model()
+    made.register_buffer("same", made.get_parameter("0.weight").data)
+    made.register_buffer("row", made.get_parameter("0.weight").data[1])
+    parameters, specs = trained(optimizer_of(made), made)
+    plan = make_plan(specs, 1, 2**20, 2**20)
+    _, exchanged = move_into_buckets(made, plan, parameters, 0)
+    assert not {"same", "row", "0.weight"} & extras(made, exchanged).keys()
+
+
+def test_a_parameter_without_memory_is_refused() -> None:
+    made = model().to("meta")
+    parameters, specs = trained(optimizer_of(made), made)
+    plan = make_plan(specs, 1, 2**20, 2**20)
+    with pytest.raises(UsageError, match=r"1\.weight is on the meta device: .*to_empty"):
+        move_into_buckets(made, plan, parameters, 0)
 
 
 def test_an_optimizer_must_train_something_and_only_the_model() -> None:

@@ -288,3 +288,32 @@ def test_tied_layers_in_two_stages_are_refused() -> None:
 
     with pytest.raises(UsageError, match="0 and 2 are one and the same layer but in different"):
         place(0, cuts=[1], build=build)
+
+
+def shared_with(other: int) -> nn.Sequential:
+    """A buffer of layer 0 has the weight of layer 0 or 3."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Tanh(), nn.Linear(4, 4))
+    weight = model.get_parameter(f"{other}.weight")
+    model[0].register_buffer("seen", weight.data)
+    return model
+
+
+def test_a_buffer_and_a_weight_of_one_memory_must_be_in_one_stage() -> None:
+    message = r"0\.seen shares memory with parameter 3\.weight, and they are in two stages"
+    with pytest.raises(UsageError, match=message):
+        place(0, cuts=[2], build=lambda: shared_with(3))
+    placed = place(0, cuts=[2], build=lambda: shared_with(0))
+    weight = placed.model.get_parameter("0.weight")
+    assert placed.model.get_buffer("0.seen").data_ptr() == weight.data_ptr()
+
+
+def test_weights_of_one_memory_are_one_parameter_in_a_stage_and_refused_in_two() -> None:
+    def build() -> nn.Sequential:
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+        model[1].weight = nn.Parameter(model.get_parameter("0.weight").data)
+        return model
+
+    placed = place(0, cuts=[2], build=build)
+    assert placed.model[1].weight is placed.model[0].weight
+    with pytest.raises(UsageError, match=r"0\.weight and 1\.weight are tied but in different"):
+        place(0, cuts=[1], build=build)
