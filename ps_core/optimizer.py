@@ -138,13 +138,16 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         counts.
         """
 
-    def step(  # type: ignore[override]  # returns no loss, since it takes no closure
+    def step(  # type: ignore[override]  # it takes samples, too
         self,
         closure: Callable[[], float] | None = None,
         *,
         samples: float | torch.Tensor | None = None,
-    ) -> None:
+    ) -> float | None:
         """Exchange the gradients for the next version of the parameters. Blocks until it is here.
+
+        `closure`: computes the loss and the gradients, and is called once, before; its loss is
+        returned.
 
         `samples`: how many samples the gradients are the mean of, their weight in the average over
         workers, which may be any number: of tokens, or the sum of class weights. With 0 this worker
@@ -152,20 +155,28 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         or `session.step` has counted since the last step; with other data loading every worker
         weighs the same, which is exact for mean-reduced losses of equal batches.
         """
-        if closure is not None:
-            raise UsageError(
-                "step(closure) is not supported: compute the loss and gradients before step()"
-            )
         samples = None if samples is None else float(samples)
         if samples is not None and not 0 <= samples < math.inf:
             raise UsageError(f"step(samples={samples}): give a number that is not negative")
+        loss = None if closure is None else self._evaluate(closure)
         self._observer.before_step()
         if self._overlap.work is not None:
             self._finish_step(self._overlap.work, samples)
-            return
+            return loss
         self._check_parameters()
         work = self._observer.take_work()
         self._take_step(work if samples is None else weighed(work, samples))
+        return loss
+
+    def _evaluate(self, closure: Callable[[], float]) -> float:
+        self._overlap.check_closed()
+        if getattr(self, "grad_scale", None) is not None:
+            raise UsageError(
+                "step(closure) cannot be used with a GradScaler, which has looked at the gradients "
+                "before: compute them before scaler.step(optimizer)"
+            )
+        with torch.enable_grad():
+            return closure()
 
     def begin_step(self) -> None:
         """Open the next step before its backward pass, in which each bucket is handed over as soon

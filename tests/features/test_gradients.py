@@ -97,6 +97,38 @@ def test_all_batches_since_the_last_step_count_as_its_samples(cluster: Cluster) 
         assert_close(result.tensors, model.state_dict(), 1e-10, f"worker {rank}")
 
 
+def with_closures(session: Session) -> Returned:
+    """Two steps; the second has 4 and 2 samples."""
+    model = Net()
+    optimizer = session.optimizer(torch.optim.AdamW(model.parameters(), lr=LR), model)
+    x, y = samples(14)
+    losses = []
+    for (rows,) in session.loader(TensorDataset(torch.arange(14)), 4, shuffle=False):
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            loss = loss_of(model, (x[rows], y[rows]))  # noqa: B023 - called in this round only
+            loss.backward()
+            return loss.item()
+
+        losses.append(optimizer.step(closure))
+    return {"losses": losses, **model.state_dict()}
+
+
+def test_a_closure_computes_what_a_step_sends(cluster: Cluster) -> None:
+    results = cluster.run(with_closures, environ=JOB_SEED)
+    x, y = samples(14)
+    model = initial_net()
+    optimizer = plain_optimizer("AdamW", model, lr=LR)
+    for step, rows in enumerate(torch.arange(14).split(8)):
+        for result, own in zip(results, rows.split(4), strict=True):
+            loss = loss_of(model, (x[own], y[own])).item()
+            assert result.values["losses"][step] == pytest.approx(loss, abs=1e-12)
+        train(model, optimizer, [(x[rows], y[rows])])
+    for rank, result in enumerate(results):
+        assert_close(result.tensors, model.state_dict(), 1e-10, f"worker {rank}")
+
+
 def clip_own_gradients(session: Session) -> Returned:
     model = Net()
     optimizer = session.optimizer(torch.optim.AdamW(model.parameters(), lr=LR), model)

@@ -177,12 +177,6 @@ def load_weights_late(session: Session) -> Returned:
     return {}
 
 
-def with_closure(session: Session) -> Returned:
-    _, optimizer = joined(session)
-    optimizer.step(lambda: 1.0)
-    return {}
-
-
 def negative_samples(session: Session) -> Returned:
     _, optimizer = joined(session)
     optimizer.step(samples=-1)
@@ -255,7 +249,6 @@ MID_RUN: dict[Case, list[str]] = {
     clamp_data: ["second.weight", "changed between steps", "before session.optimizer"],
     replace_data: ["second.weight", "changed between steps", "before session.optimizer"],
     load_weights_late: ["changed between steps", "before session.optimizer"],
-    with_closure: ["step(closure)", "before step()"],
     negative_samples: ["samples=-1", "not negative"],
     second_optimizer: ["called twice"],
     iterable_dataset: ["map-style", "session.rank", "step(samples=n)"],

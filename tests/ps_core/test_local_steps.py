@@ -689,9 +689,16 @@ def test_a_weight_that_is_no_weight_is_refused(num_samples: float) -> None:
         worker.optimizer.step(samples=num_samples)
 
 
-def test_a_closure_is_refused() -> None:
-    with pytest.raises(UsageError, match="closure"):
-        enter(initial_net(), adamw, local_steps=2).optimizer.step(lambda: 0.0)
+def test_a_closure_computes_the_gradients_of_an_inner_step() -> None:
+    worker, plain = enter(initial_net(), adamw, local_steps=4), initial_net()
+    optimizer = adamw(plain)
+    for n in range(3):
+        losses = [loss_of(model, samples(4, n)) for model in (worker.model, plain)]
+        assert worker.optimizer.step(losses[0].backward) is None  # what the closure returns
+        optimizer.step(losses[1].backward)
+        worker.optimizer.zero_grad()
+        optimizer.zero_grad()
+    assert_close(values(worker.model), values(plain), 0)
 
 
 def test_more_parameters_are_refused() -> None:
@@ -713,7 +720,7 @@ def clamp_data(parameter: nn.Parameter) -> None:
 
 
 def replace_data(parameter: nn.Parameter) -> None:
-    parameter.data = parameter.data.clone()
+    parameter.data = parameter.data.clone() + 1
 
 
 @pytest.mark.parametrize("change", [add, clamp_data, replace_data])

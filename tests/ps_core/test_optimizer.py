@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ps_core.buckets import make_buckets
-from ps_core.errors import NonFiniteError
+from ps_core.errors import NonFiniteError, UsageError
 from ps_core.exchange import Meeting, Outcome, Purpose, Work
 from ps_core.local import LocalExchange
 from ps_core.optim_spec import describe
@@ -111,6 +111,39 @@ def test_a_gradient_that_is_not_finite_skips_the_step_if_asked() -> None:
     assert torch.equal(model.weight, before)
     assert observer.steps == [(Outcome(1, 1, False, 0), 0)]
     assert optimizer.num_skipped == 1
+
+
+def test_a_closure_is_called_once_with_gradients_enabled_and_its_loss_returned() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer, observer = enter(model)
+    before, calls = model.weight.detach().clone(), 0
+
+    def closure() -> float:
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        loss: torch.Tensor = model(torch.ones(1, 2)).sum()
+        loss.backward()
+        return loss.item()
+
+    with torch.no_grad():
+        loss = optimizer.step(closure, samples=8)
+    assert calls == 1
+    assert loss == before.sum().item()
+    assert torch.equal(model.weight, before - 0.5)
+    assert observer.steps == [(Outcome(1, 1, True, 0), 8)]
+    assert optimizer.step() is None
+
+
+def test_a_closure_under_a_grad_scaler_is_refused_as_in_plain_torch() -> None:
+    model = nn.Linear(2, 1)
+    optimizer, _ = enter(model)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    with pytest.raises(UsageError, match=r"step\(closure\) cannot be used with a GradScaler"):
+        scaler.step(optimizer, lambda: 0.0)
+    with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
+        scaler.step(optimizer, closure=lambda: 0.0)
 
 
 def with_momentum(optimizer: ExchangeOptimizer) -> dict[str, Any]:
