@@ -43,6 +43,21 @@ def test_gradients_come_to_the_host_and_parameters_go_back() -> None:
     assert (model.weight == 7.0).all()
 
 
+def test_a_parameter_has_a_storage_of_its_own_and_may_come_back() -> None:
+    model = torch.nn.Linear(8, 3).cuda()
+    (bucket,) = laid_out(model)[1]
+    assert model.weight.untyped_storage().nbytes() == model.weight.nbytes
+    before = model.weight.data.clone()
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert bucket.changed() is not None
+    model.weight.data = before
+    assert bucket.changed() is None
+    bucket.host_parameters.fill_(7.0)
+    bucket.upload()
+    assert (model.weight == 7.0).all()
+
+
 def alone() -> JobExchange:
     return LocalExchange()
 

@@ -296,3 +296,64 @@ def test_a_tied_weight_is_stored_once_and_plain_torch_reads_it_back(
     assert model.down.weight is model.up.weight
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, results[0].tensors[name]), name
+
+
+# -- Parameters that a script touches, or that hold nothing ----------------------------------------
+
+
+class WithNothing(Net):
+    """A part of it was turned off, and has parameters without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.empty(0, 3, dtype=torch.float64))
+
+
+def train_with_nothing(run: Run) -> Returned:
+    model = WithNothing()
+    optimizer = run.optimizer(torch.optim.AdamW(model.parameters(), lr=LR), model)
+    train_here(run, model, optimizer)
+    return with_state(model, optimizer)
+
+
+@pytest.mark.parametrize("num_shards", [2, 0])
+def test_a_parameter_without_elements_is_kept_and_not_trained(
+    cluster: Cluster, num_shards: int
+) -> None:
+    check(cluster, train_with_nothing, num_shards=num_shards)
+
+
+def sharpness_aware(run: Run) -> Returned:
+    """SAM, with the same samples on every worker, and a look at averaged weights now and then."""
+    model = Net()
+    optimizer = run.optimizer(torch.optim.AdamW(model.parameters(), lr=LR), model)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = []
+    for step in range(NUM_STEPS):
+        batch = samples(BATCH_SIZE, step)
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        before = [parameter.data.clone() for parameter in model.parameters()]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.add_(parameter.grad, alpha=0.1)
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.data = value
+        run.step(optimizer, BATCH_SIZE)
+        own = {name: value.clone() for name, value in model.state_dict().items()}
+        average = {name: value.lerp(own[name], 0.1) for name, value in average.items()}
+        if step % 3 == 0:
+            model.load_state_dict(average)
+            losses.append(loss_of(model, batch).detach())
+            model.load_state_dict(own)
+    return {**with_state(model, optimizer), "losses": torch.stack(losses)}
+
+
+@pytest.mark.parametrize("num_shards", [2, 0])
+def test_a_script_may_change_parameters_if_it_puts_their_values_back(
+    cluster: Cluster, num_shards: int
+) -> None:
+    check(cluster, sharpness_aware, num_shards=num_shards)
