@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ps_core.errors import UsageError
 from ps_core.model_tensors import Place, places_of
-from ps_core.tensors import address_of, is_trained, memory_of
+from ps_core.tensors import address_of, has_address, is_trained, memory_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def _overlaps(places: Sequence[Place], owners: Collection[int]) -> Iterator[tupl
     """
     distinct: dict[int, Place] = {}
     for place in places:
-        if _has_memory(place.tensor):
+        if has_address(place.tensor):
             distinct.setdefault(id(place.tensor), place)
     numbered = enumerate(distinct.values())
     spans = sorted((*_span(place.tensor), number, place) for number, place in numbered)
@@ -120,10 +120,6 @@ def _overlaps(places: Sequence[Place], owners: Collection[int]) -> Iterator[tupl
             if is_owned and _have_elements_in_common(other.tensor, place.tensor):
                 yield pair
         near.append(span)
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested and tensor.numel() > 0
 
 
 def _span(tensor: Tensor) -> tuple[str, int, int]:

@@ -36,9 +36,16 @@ def is_trained(parameter: torch.Tensor) -> bool:
     return parameter.requires_grad and parameter.numel() > 0
 
 
+def has_address(tensor: torch.Tensor) -> bool:
+    """Whether it is strided and has elements of its own, not those of tensors that it wraps."""
+    if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel():
+        return False
+    return tensor.is_meta or tensor.data_ptr() != 0
+
+
 def address_of(tensor: torch.Tensor) -> tuple[str, int]:
-    """The address space of a strided tensor, and where in it the tensor begins, in bytes. On the
-    meta device every storage is a space.
+    """The address space of a tensor, and where in it the tensor begins, in bytes. Every storage on
+    the meta device is a space.
     """
     if tensor.is_meta:
         space = f"meta {tensor.untyped_storage()._cdata}"
@@ -48,7 +55,7 @@ def address_of(tensor: torch.Tensor) -> tuple[str, int]:
 
 def memory_of(tensor: torch.Tensor) -> Hashable:
     """What is equal for two tensors that have the same elements in the same order in memory."""
-    if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel():
+    if not has_address(tensor):
         return id(tensor)
     strides = None if tensor.is_contiguous() else tensor.stride()
     signs = (tensor.is_conj(), tensor.is_neg())

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ps_core.aliases import aliases, tie
 from ps_core.buckets import make_buckets
 from ps_core.errors import UsageError
 from ps_core.plan import ParameterSpec, make_plan
+from ps_core.tensors import memory_of
 
 
 class Pair(nn.Module):
@@ -181,3 +183,19 @@ def test_a_tensor_over_several_parameters_is_refused() -> None:
     model.a.weight.data, model.b.weight.data = (model.w[i : i + 16].view(4, 4) for i in (0, 16))
     with pytest.raises(UsageError, match=r"^w shares memory with parameter a\.weight"):
         move(model)
+
+
+def two() -> Tensor:
+    """Two tensors that pass for one, as quantised and distributed ones do."""
+    made: Tensor = TwoTensor(torch.ones(4, 4), torch.ones(4, 4))
+    return made
+
+
+def test_tensors_without_memory_of_their_own_share_none() -> None:
+    model = Pair()
+    for name in ("first", "second"):
+        model.register_buffer(name, two())
+    model.a.weight = nn.Parameter(two())
+    tie(model, sgd(model))
+    assert aliases(model, [*model.parameters()]) == []
+    assert len({memory_of(tensor) for tensor in model.state_dict(keep_vars=True).values()}) == 4
