@@ -27,7 +27,7 @@ from ps_core import codec
 from ps_core.buckets import Bucket
 from ps_core.errors import DataLossError, JobFailedError, MismatchError
 from ps_core.exchange import ReadExtras, StateByParameter
-from ps_core.job import Job, first_difference
+from ps_core.job import Job, check_plan, first_difference
 from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
 
@@ -157,12 +157,13 @@ class Crew:
     def check_job(self, own: Job) -> None:
         """Raises MismatchError when this worker does not train what the first one to come does."""
         told = self.rendezvous.agree("job", codec.encode_job(own).SerializeToString())
-        theirs = codec.decode_job(shard_pb2.JobSpec.FromString(told))
-        if difference := first_difference(own, theirs):
+        theirs = codec.parse(shard_pb2.JobSpec, told)
+        if difference := first_difference(own, codec.decode_job(theirs)):
             raise MismatchError(
                 f"worker {self._config.cluster.rank} and the worker that came first do not train "
                 f"the same: {difference}"
             )
+        check_plan(own, theirs.fingerprint)
 
     def enter(self, held: Held) -> None:
         """Become a member, and take over what the others hold. Raises what Rendezvous.meet does."""

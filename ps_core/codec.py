@@ -17,10 +17,10 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from ps_core.config import validate
-from ps_core.errors import ConfigError, MismatchError, ProtocolError
+from ps_core.errors import ConfigError, ProtocolError
 from ps_core.job import Job
 from ps_core.optim_spec import OPTIMIZERS, Hyperparameters, HyperparameterValue, OptimizerSpec
-from ps_core.plan import ALIGNMENT, ParameterSpec, Part
+from ps_core.plan import ParameterSpec, Part, most_parts
 from ps_core.settings import Config, ConsistencyConfig
 from ps_core.tensors import TRAINABLE, bytes_of, from_wire, spec_of, tensor_of, to_wire
 from ps_core.v1 import shard_pb2, tensor_pb2
@@ -31,10 +31,14 @@ CHUNK_BYTES = 4 * 2**20
 MAX_PART_BYTES = 2**23
 """A part must fit into a message."""
 MAX_SHARDS = 2**12
+MAX_PARAMETERS = 2**16
 MAX_PARTS = 2**18
 """One TiB of parameters in parts of the usual size."""
-_MAX_PLAN_STEPS = 2**26
-"""Bounds the time a plan takes to a few seconds."""
+_FREE_PARTS = 2**14
+_BYTES_OF_ANOTHER_PART = 2**20
+"""Whoever asks for more than so many parts must bring so many bytes for each: a plan of none but
+small parts would take seconds, and any stranger can ask for one.
+"""
 _MAX_DIMENSIONS = 64
 """torch's own bound."""
 
@@ -263,9 +267,10 @@ def encode_job(job: Job) -> shard_pb2.JobSpec:
 
 
 def decode_job(message: shard_pb2.JobSpec) -> Job:
-    """The job a message describes. Raises ProtocolError, or MismatchError when its plan comes out
-    different here.
+    """The job a message describes, of which a plan can be made. Makes none, so that the time is
+    bounded by the message's size. Raises ProtocolError.
     """
+    _check_counts(message)
     _check_sizes(message)
     optimizer = message.optimizer
     job = Job(
@@ -283,11 +288,7 @@ def decode_job(message: shard_pb2.JobSpec) -> Job:
         consistency=_decode_consistency(message.consistency),
         protocol=message.protocol,
     )
-    if job.plan.fingerprint != message.fingerprint:
-        raise MismatchError(
-            "the plan comes out different on the worker and on the shard: run the same release on "
-            "both"
-        )
+    _check_pieces(job)
     return job
 
 
@@ -308,26 +309,26 @@ def _check_sizes(message: shard_pb2.JobSpec) -> None:
         raise ProtocolError("every parameter group needs an lr")
     if max(spec.stage for spec in message.parameters) >= message.num_shards:
         raise ProtocolError("a stage needs a shard of its own: give as many shards as stages")
+
+
+def _check_counts(message: shard_pb2.JobSpec) -> None:
+    """Refuse longer lists than any job has."""
     if message.num_shards > MAX_SHARDS:
         raise ProtocolError(f"{message.num_shards} shards are more than {MAX_SHARDS}")
-    total_bytes = sum(map(_padded_bytes, message.parameters))
-    part_bytes = min(message.part_bytes, max(512, total_bytes // message.num_shards))
-    num_parts = total_bytes // part_bytes + len(message.parameters)
-    # A part looks for its shard among all, and for its slices among its bucket's parameters.
-    slices = len(message.parameters) * (min(message.bucket_bytes, total_bytes) // part_bytes + 1)
-    if num_parts > MAX_PARTS or num_parts * message.num_shards + slices > _MAX_PLAN_STEPS:
+    num_entries = max(len(message.parameters), len(message.optimizer.groups))
+    if num_entries > MAX_PARAMETERS:
+        raise ProtocolError(f"{num_entries} parameters or groups are more than {MAX_PARAMETERS}")
+
+
+def _check_pieces(job: Job) -> None:
+    """Refuse a job whose plan would take long."""
+    num_parts = most_parts(job.parameters, job.num_shards, job.part_bytes, job.bucket_bytes)
+    num_bytes = sum(spec.num_bytes for spec in job.parameters)
+    if num_parts > min(MAX_PARTS, _FREE_PARTS + num_bytes // _BYTES_OF_ANOTHER_PART):
         raise ProtocolError(
-            f"{total_bytes} bytes of parameters in parts of {part_bytes} bytes over "
-            f"{message.num_shards} shards are too many pieces: choose larger parts"
+            f"parts of at most {job.part_bytes} bytes over {job.num_shards} shards are too many "
+            "pieces: choose larger parts (exchange.part_bytes)"
         )
-
-
-def _padded_bytes(message: shard_pb2.ParameterSpec) -> int:
-    """Bytes of a parameter in its bucket, at most. Raises ProtocolError."""
-    tensor = message.tensor
-    if len(tensor.shape) > _MAX_DIMENSIONS:
-        raise ProtocolError(f"parameter {tensor.name!r} has {len(tensor.shape)} dimensions")
-    return (math.prod(tensor.shape) + ALIGNMENT) * from_wire(tensor.dtype).itemsize
 
 
 def _encode_consistency(config: ConsistencyConfig) -> shard_pb2.Consistency:
@@ -355,6 +356,8 @@ def _encode_parameter(spec: ParameterSpec) -> shard_pb2.ParameterSpec:
 
 def _decode_parameter(message: shard_pb2.ParameterSpec, num_groups: int) -> ParameterSpec:
     tensor = message.tensor
+    if len(tensor.shape) > _MAX_DIMENSIONS:
+        raise ProtocolError(f"parameter {tensor.name!r} has {len(tensor.shape)} dimensions")
     shape = tuple(tensor.shape)
     spec = ParameterSpec(tensor.name, from_wire(tensor.dtype), shape, message.group, message.stage)
     if spec.dtype not in TRAINABLE or min(spec.shape, default=1) < 1 or spec.group >= num_groups:

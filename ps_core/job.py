@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import zip_longest
 
+from ps_core.errors import MismatchError
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import ParameterSpec, Plan, make_plan
 from ps_core.settings import Config, ConsistencyConfig
@@ -46,6 +47,14 @@ def describe_job(config: Config, plan: Plan, optimizer: OptimizerSpec) -> Job:
         optimizer=optimizer,
         consistency=config.consistency,
     )
+
+
+def check_plan(job: Job, fingerprint: str) -> None:
+    """Raises MismatchError when another process makes another plan of the same job."""
+    if job.plan.fingerprint != fingerprint:
+        raise MismatchError(
+            "two processes make different plans of the same job: run the same release everywhere"
+        )
 
 
 def first_difference(mine: Job, theirs: Job) -> str | None:

@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 
 import torch
 
@@ -38,6 +39,10 @@ class ParameterSpec:
     @property
     def num_elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +124,8 @@ def make_plan(
     """
     buckets = tuple(_fill_buckets(parameters, bucket_bytes))
     total_bytes = sum(bucket.length * bucket.dtype.itemsize for bucket in buckets)
-    fair_share = _round_up(math.ceil(total_bytes / num_shards), _BYTE_ALIGNMENT)
-    parts = _assign(buckets, min(part_bytes, fair_share), num_shards, num_stages(parameters))
+    piece_bytes = _part_bytes(total_bytes, num_shards, part_bytes)
+    parts = _assign(buckets, piece_bytes, num_shards, num_stages(parameters))
     return Plan(tuple(parameters), buckets, parts, num_shards, _fingerprint(buckets, parts))
 
 
@@ -129,19 +134,49 @@ def num_stages(parameters: Sequence[ParameterSpec]) -> int:
     return 1 + max((spec.stage for spec in parameters), default=0)
 
 
+def most_parts(
+    parameters: Sequence[ParameterSpec], num_shards: int, part_bytes: int, bucket_bytes: int
+) -> int:
+    """Parts that a plan has at most, known without making one."""
+    total_bytes = sum(
+        _round_up(spec.num_elements, ALIGNMENT) * spec.dtype.itemsize for spec in parameters
+    )
+    num_kinds = len({(spec.stage, spec.group, spec.dtype) for spec in parameters})
+    # Two buckets of a kind that follow each other hold more than one may.
+    num_buckets = min(len(parameters), num_kinds + 2 * total_bytes // bucket_bytes)
+    # The last part of a bucket may be a small one.
+    return total_bytes // _part_bytes(total_bytes, num_shards, part_bytes) + num_buckets
+
+
+def mean_bytes(parameters: Sequence[ParameterSpec], num_shards: int, shard: int) -> int:
+    """Bytes of parameters that each of the shards which share the stage of this one holds, to a
+    part. Makes no plan.
+    """
+    stages = num_stages(parameters)
+    stage = shard % stages
+    sizes = (spec.num_bytes for spec in parameters if spec.stage == stage)
+    return sum(sizes) // len(range(stage, num_shards, stages))
+
+
+def _part_bytes(total_bytes: int, num_shards: int, part_bytes: int) -> int:
+    """Bytes of the largest part: a small model is spread over the shards."""
+    return min(part_bytes, _round_up(-(-total_bytes // num_shards), _BYTE_ALIGNMENT))
+
+
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
 def _fill_buckets(parameters: Sequence[ParameterSpec], bucket_bytes: int) -> Iterator[BucketLayout]:
-    kinds = dict.fromkeys((spec.stage, spec.group, spec.dtype) for spec in parameters)
+    kinds: dict[tuple[int, int, torch.dtype], list[int]] = {}
+    for number, spec in enumerate(parameters):
+        kinds.setdefault((spec.stage, spec.group, spec.dtype), []).append(number)
     index = 0
     for stage, group, dtype in sorted(kinds, key=lambda kind: kind[0]):
         placements: list[Placement] = []
         length = 0
-        for number, spec in enumerate(parameters):
-            if (spec.stage, spec.group, spec.dtype) != (stage, group, dtype):
-                continue
+        for number in kinds[stage, group, dtype]:
+            spec = parameters[number]
             padded = _round_up(spec.num_elements, ALIGNMENT)
             if placements and (length + padded) * dtype.itemsize > bucket_bytes:
                 yield BucketLayout(index, group, dtype, length, tuple(placements), stage)
@@ -160,20 +195,28 @@ def _assign(
     The least loaded shard never ends up more than this one part above any other, which keeps the
     difference between any two shards within one part.
     """
-    loads = [0] * num_shards
+    # Of each stage: the bytes of its shards, the smallest first. Sorted lists are heaps.
+    loads = [[(0, shard) for shard in range(stage, num_shards, stages)] for stage in range(stages)]
     parts: list[Part] = []
     for bucket in buckets:
-        step = part_bytes // bucket.dtype.itemsize
-        for start in range(0, bucket.length, step):
-            length = min(step, bucket.length - start)
-            shard = min(range(bucket.stage, num_shards, stages), key=loads.__getitem__)
-            slices = tuple(_slices(bucket, start, length))
+        for start, length, slices in _pieces(bucket, part_bytes // bucket.dtype.itemsize):
+            num_bytes, shard = loads[bucket.stage][0]
             part = Part(
                 len(parts), shard, bucket.index, bucket.group, bucket.dtype, start, length, slices
             )
             parts.append(part)
-            loads[shard] += part.num_bytes
+            heapreplace(loads[bucket.stage], (num_bytes + part.num_bytes, shard))
     return tuple(parts)
+
+
+def _pieces(bucket: BucketLayout, step: int) -> Iterator[tuple[int, int, tuple[Slice, ...]]]:
+    """Start, length and slices of each piece of `step` elements."""
+    first = 0
+    for start in range(0, bucket.length, step):
+        length = min(step, bucket.length - start)
+        while _end(bucket.placements[first]) <= start:
+            first += 1
+        yield start, length, tuple(_slices(bucket, start, length, first))
 
 
 def cut(bucket: BucketLayout, count: int) -> Iterator[Part]:
@@ -191,12 +234,20 @@ def cut(bucket: BucketLayout, count: int) -> Iterator[Part]:
         )
 
 
-def _slices(bucket: BucketLayout, start: int, length: int) -> Iterator[Slice]:
-    for placement in bucket.placements:
-        first = max(placement.offset, start)
-        last = min(placement.offset + placement.length, start + length)
-        if first < last:
-            yield Slice(placement.parameter, first - placement.offset, last - first, first - start)
+def _slices(bucket: BucketLayout, start: int, length: int, first: int = 0) -> Iterator[Slice]:
+    """Of a piece that no placement before the `first` reaches into."""
+    for index in range(first, len(bucket.placements)):
+        placement = bucket.placements[index]
+        begin = max(placement.offset, start)
+        end = min(_end(placement), start + length)
+        if begin < end:
+            yield Slice(placement.parameter, begin - placement.offset, end - begin, begin - start)
+        elif placement.offset >= start + length:
+            return
+
+
+def _end(placement: Placement) -> int:
+    return placement.offset + placement.length
 
 
 def _fingerprint(buckets: Sequence[BucketLayout], parts: Sequence[Part]) -> str:

@@ -6,8 +6,9 @@ import os
 
 from ps_core import codec
 from ps_core.errors import MismatchError, UsageError
-from ps_core.job import PROTOCOL, Job, first_difference
+from ps_core.job import PROTOCOL, Job, check_plan, first_difference
 from ps_core.optim_spec import check_consistency
+from ps_core.plan import mean_bytes
 from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
 
@@ -15,8 +16,8 @@ _MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def decode(request: shard_pb2.JoinRequest, config: Config) -> Job:
-    """The job that a worker describes. Raises MismatchError when it is not one for this shard, or
-    ProtocolError when it is none.
+    """The job that a worker describes, of which no plan has been made yet: it may be a stranger's.
+    Raises MismatchError when it is not one for this shard, or ProtocolError when it is none.
     """
     index = config.server.index
     if request.shard != index:
@@ -51,6 +52,7 @@ def compare(request: shard_pb2.JoinRequest, mine: Job, theirs: Job) -> None:
             f"worker {request.worker.rank} disagrees with the job on shard {request.shard}: "
             f"{difference}"
         )
+    check_plan(mine, request.job.fingerprint)
 
 
 def _check_configured(theirs: shard_pb2.JobSpec, config: Config) -> None:
@@ -68,7 +70,7 @@ def _check_configured(theirs: shard_pb2.JobSpec, config: Config) -> None:
 
 
 def _check_memory(job: Job, index: int) -> None:
-    num_bytes = sum(part.num_bytes for part in job.plan.parts_of_shard(index))
+    num_bytes = mean_bytes(job.parameters, job.num_shards, index)
     if num_bytes > _MEMORY_BYTES:
         raise MismatchError(
             f"shard {index} would hold {num_bytes / 2**30:.1f} GiB of parameters on a machine with "

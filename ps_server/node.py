@@ -109,14 +109,15 @@ class Node:
     def _agree(self, request: shard_pb2.JoinRequest) -> Job:
         """The job, which the first worker describes and all others must repeat."""
         theirs = admission.decode(request, self.config)
+        known = self.shard.job if self.shard is not None else theirs
+        admission.compare(request, known, theirs)
         if self.shard is None:
-            self.shard = Shard(theirs, self.index)
+            self.shard = Shard(known, self.index)
             self._metrics.set_parameters(self.shard.num_bytes)
             early, self._early = self._early, []
             for order in early:
                 self._set_membership(order)
-        admission.compare(request, self.shard.job, theirs)
-        return theirs
+        return known
 
     def identify(self, worker: shard_pb2.WorkerId) -> int:
         """The rank of a worker that has joined. Raises MismatchError, or JobFailedError after the

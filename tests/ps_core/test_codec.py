@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from google.protobuf.message import DecodeError, Message
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ps_core import codec, dialogue
-from ps_core.errors import MismatchError, ProtocolError, ShardlineError, UsageError
+from ps_core.errors import ProtocolError, ShardlineError, UsageError
 from ps_core.job import Job
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
-from ps_core.plan import ParameterSpec, Part, Slice
+from ps_core.plan import ParameterSpec, Part, Slice, most_parts
 from ps_core.settings import ConsistencyConfig
 from ps_core.tensors import TRAINABLE, bytes_of, from_wire, tensor_of, to_wire
 from ps_core.v1 import shard_pb2, tensor_pb2
@@ -686,11 +686,50 @@ def test_a_malformed_job_is_refused(spoil: Callable[[shard_pb2.JobSpec], None]) 
         codec.decode_job(message)
 
 
-@pytest.mark.parametrize("fingerprint", ["", "0" * 64])
-def test_a_plan_that_comes_out_different_here_is_a_mismatch(fingerprint: str) -> None:
+SIZES = st.integers(-(2**63), 2**63 - 1) | st.integers(1, 2**20)
+PARAMETERS = st.builds(
+    shard_pb2.ParameterSpec,
+    tensor=st.builds(
+        tensor_pb2.TensorSpec,
+        dtype=st.sampled_from([tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_BFLOAT16]),
+        shape=st.lists(SIZES, max_size=4),
+    ),
+    group=st.integers(0, 1),
+    stage=st.integers(0, 2),
+)
+
+
+@given(
+    parameters=st.lists(PARAMETERS, min_size=1, max_size=5),
+    num_shards=st.integers(1, 5000),
+    part_bytes=st.integers(1, 2**14).map(lambda n: 512 * n) | st.integers(0, 2**64 - 1),
+    bucket_bytes=st.integers(1, 2**64 - 1) | st.integers(1, 2**20),
+)
+@settings(deadline=None, max_examples=150)
+def test_whatever_job_is_described_its_plan_is_refused_or_small(
+    parameters: list[shard_pb2.ParameterSpec], num_shards: int, part_bytes: int, bucket_bytes: int
+) -> None:
     message = over_the_wire(JOB)
-    message.fingerprint = fingerprint
-    with pytest.raises(MismatchError, match="run the same release on both"):
+    del message.parameters[:]
+    message.parameters.extend(parameters)
+    message.num_shards, message.part_bytes = num_shards, part_bytes
+    message.bucket_bytes = bucket_bytes
+    try:
+        job = codec.decode_job(message)
+    except ProtocolError:
+        return
+    assert "plan" not in vars(job)  # none has been made
+    num_bytes = sum(spec.num_bytes for spec in job.parameters)
+    bound = most_parts(job.parameters, num_shards, part_bytes, bucket_bytes)
+    assert bound <= 2**14 + num_bytes / 2**20
+    if bound < 2000:
+        assert len(job.plan.parts) <= bound
+
+
+def test_a_job_of_very_many_parameters_or_groups_is_refused() -> None:
+    message = over_the_wire(JOB)
+    message.parameters.extend([message.parameters[0]] * 2**16)
+    with pytest.raises(ProtocolError, match="parameters or groups are more than 65536"):
         codec.decode_job(message)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ps_core.plan import ALIGNMENT, ParameterSpec, Part, Plan, make_plan
+from ps_core.plan import ALIGNMENT, ParameterSpec, Part, Plan, make_plan, most_parts
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 MIB = 2**20
@@ -50,6 +50,14 @@ def one(*shape: int, dtype: torch.dtype = F32, group: int = 0) -> ParameterSpec:
 
 
 # -- Every element, once ---------------------------------------------------------------------------
+
+
+@given(models(), num_shards, part_sizes, st.integers(1, 2**16))
+def test_how_many_parts_there_are_at_most_is_known_without_a_plan(
+    parameters: tuple[ParameterSpec, ...], num_shards: int, part_bytes: int, bucket_bytes: int
+) -> None:
+    plan = make_plan(parameters, num_shards, part_bytes, bucket_bytes)
+    assert len(plan.parts) <= most_parts(parameters, num_shards, part_bytes, bucket_bytes)
 
 
 @given(models(), num_shards, part_sizes, bucket_sizes)

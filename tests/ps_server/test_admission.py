@@ -113,15 +113,33 @@ def test_a_modifier_that_does_not_fit_the_optimizer_is_refused() -> None:
         admission.decode(request(replace(job, optimizer=ADAM)), config)
 
 
-def test_a_job_larger_than_the_machine_s_memory_is_refused(
+def test_a_job_larger_than_the_machine_s_memory_is_refused_before_its_plan_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    held = sum(part.num_bytes for part in JOB.plan.parts_of_shard(1))
-    monkeypatch.setattr(admission, "_MEMORY_BYTES", held)
-    admission.decode(request(), CONFIG)
-    monkeypatch.setattr(admission, "_MEMORY_BYTES", held - 1)
+    mean = 30 * 50 * 4 // 2
+    assert abs(sum(part.num_bytes for part in JOB.plan.parts_of_shard(1)) - mean) <= 1024
+    monkeypatch.setattr(admission, "_MEMORY_BYTES", mean)
+    assert "plan" not in vars(admission.decode(request(), CONFIG))
+    monkeypatch.setattr(admission, "_MEMORY_BYTES", mean - 1)
     with pytest.raises(MismatchError, match=r"shard 1 would hold .* use more shards"):
         admission.decode(request(), CONFIG)
+
+
+def test_each_stage_s_shards_share_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = replace(JOB.parameters[0], name="large", shape=(300, 50), stage=1)
+    job = replace(JOB, parameters=(*JOB.parameters, large))
+    monkeypatch.setattr(admission, "_MEMORY_BYTES", 30 * 50 * 4)
+    first = replace(CONFIG, server=ServerConfig(index=0))
+    admission.decode(request(job, shard=0), first)
+    with pytest.raises(MismatchError, match="shard 1 would hold"):
+        admission.decode(request(job), CONFIG)
+
+
+def test_a_worker_whose_plan_comes_out_different_is_refused() -> None:
+    message = request()
+    message.job.fingerprint = "0" * 64
+    with pytest.raises(MismatchError, match="run the same release everywhere"):
+        admission.compare(message, JOB, admission.decode(message, CONFIG))
 
 
 CHANGES: list[tuple[Callable[[Job], Job], str]] = [

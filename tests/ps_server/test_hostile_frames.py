@@ -377,8 +377,12 @@ MONSTERS: Final = {
     "many sizes": (resized([1] * 10**6), "parameter 'w' has 1000000 dimensions"),
     "small parts": (resized([2**30], part_bytes=512), "too many pieces: choose larger parts"),
     "large parts": (resized([2**40], part_bytes=2**40), "part_bytes 1099511627776 is more than"),
-    "many parameters in one bucket": (
+    "many small parameters": (
         resized(*[[4096]] * 10**4, part_bytes=512, bucket_bytes=2**63),
+        "too many pieces: choose larger parts",
+    ),
+    "the smallest message for the most parts": (
+        resized([128 * 2**18 - 2**9], part_bytes=512),
         "too many pieces: choose larger parts",
     ),
     "more than the machine's memory": (
