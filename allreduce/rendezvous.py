@@ -105,14 +105,12 @@ class Rendezvous:
         self.host, port = split_address(cluster.rendezvous)
         self.own_host = own_address(self.host, port)
         self.me = Member(cluster.rank, os.getpid(), secrets.token_hex(8), device)
-        keeps_store = cluster.serve_rendezvous and cluster.rank == 0
         with self._reaching():
-            if not keeps_store:
-                wait_for_listener(self.host, port, config.rpc.connect_timeout_seconds)
+            wait_for_listener(self.host, port, config.rpc.connect_timeout_seconds)
             self._root = TCPStore(
                 self.host,
                 port,
-                is_master=keeps_store,
+                is_master=False,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=config.rpc.connect_timeout_seconds),
             )
@@ -316,7 +314,11 @@ class Rendezvous:
     def failure(self) -> str:
         """Why the job has failed; empty: it has not."""
         with self._reaching():
-            return self._store.get("failed").decode() if self._store.check(["failed"]) else ""
+            return (
+                self._store.get("failed").decode(errors="replace")
+                if self._store.check(["failed"])
+                else ""
+            )
 
     def _check_end(self) -> None:
         if reason := self.failure():

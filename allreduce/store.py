@@ -11,7 +11,8 @@ from torch.distributed import (  # type: ignore[attr-defined]  # it exports them
     TCPStore,
 )
 
-from ps_core.errors import ConfigError, in_short
+from ps_core.listening import listen
+from ps_core.settings import Config
 
 _POLL_SECONDS = 0.1
 
@@ -46,17 +47,27 @@ def wait_for_listener(host: str, port: int, seconds: float) -> None:
             time.sleep(_POLL_SECONDS)
 
 
+def kept_here(config: Config) -> Keeper | None:
+    """The rendezvous of workers that need one, if it is this one that keeps it. Raises
+    ConfigError.
+    """
+    cluster = config.cluster
+    is_needed = config.strategy == "allreduce" or config.pipeline.stages > 1
+    if is_needed and cluster.serve_rendezvous and cluster.rank == 0:
+        return Keeper(listen(cluster.rendezvous))
+    return None
+
+
 class Keeper:
     """Keeps a rendezvous in this process, for as long as it is referenced."""
 
-    def __init__(self, host: str, port: int) -> None:
-        """Listens. Raises ConfigError when that is not possible."""
-        try:
-            self._root = TCPStore(host, port, is_master=True, wait_for_workers=False)
-        except RuntimeError as error:
-            reason = in_short(error)
-            raise ConfigError(f"no rendezvous can be kept at {host}:{port}: {reason}") from error
-        self.port: int = self._root.port
+    def __init__(self, listener: socket.socket) -> None:
+        """Takes over a socket that listens: torch would listen at all addresses of this machine."""
+        host, self.port = listener.getsockname()[:2]
+        descriptor = listener.detach()
+        self._root = TCPStore(
+            host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor
+        )
         self._store = PrefixStore(store_prefix(0), self._root)
 
     def publish(self, settings: Mapping[str, str]) -> None:

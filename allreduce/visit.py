@@ -41,20 +41,26 @@ class Visit:
         self._meetings = PrefixStore("workers", self._store)
 
     def settings(self) -> dict[str, str]:
-        """The variables with which another worker can join. Raises MismatchError, JobOverError,
-        JobFailedError.
+        """The variables with which another worker can join, as somebody has written them. Raises
+        MismatchError, JobOverError, JobFailedError.
         """
         if self._store.check(["failed"]):
-            raise JobFailedError(f"the job has failed: {self._store.get('failed').decode()}")
+            raise JobFailedError(f"the job has failed: {self._read('failed')}")
         if self._store.check(["over"]):
             raise JobOverError("the job is complete: there is nothing to join any more")
         if not self._store.check(["settings"]):
             raise MismatchError(f"{self._address} is no rendezvous that `shardline run` keeps")
-        lines = self._store.get("settings").decode().splitlines()
-        return dict(line.split("=", 1) for line in lines)
+        lines = self._read("settings").split("\n")
+        return {name: value for name, _, value in (line.partition("=") for line in lines)}
 
     def workers(self) -> tuple[int, list[Seen]]:
         """The newest generation of members; 0: there is none yet."""
+        try:
+            return self._newest()
+        except ValueError as error:
+            raise MismatchError(f"{self._address} is no rendezvous of this release") from error
+
+    def _newest(self) -> tuple[int, list[Seen]]:
         generation = 0
         while self._meetings.check([f"sealed/{generation + 1}"]):
             generation += 1
@@ -65,8 +71,12 @@ class Visit:
 
     def _see(self, member: Member) -> Seen:
         key = beat_key(member.token)
-        beat = self._store.get(key).decode() if self._store.check([key]) else "0 0"
-        return Seen(member, int(beat.split()[1]))
+        beat = self._read(key) if self._store.check([key]) else "0 0"
+        _, version = beat.split(" ")
+        return Seen(member, int(version))
+
+    def _read(self, key: str) -> str:
+        return self._store.get(key).decode(errors="replace")
 
     def reserve(self, first: int, count: int) -> int:
         """A rank from `first` to `first + count` - 1 that nobody has. Raises MismatchError."""

@@ -12,6 +12,10 @@ so any other variable `SHARDLINE_*`, ends the command with the name of the neare
 Kubernetes sets such variables beside a Service called `shardline`: switch that off in each pod with
 `enableServiceLinks: false`.
 
+A worker that joins a job by `shardline worker` takes the keys marked *Job.* from the job, checked
+as if they were its own, and all others from the places above. Its `job.run_dir` is its own, or else
+the job's if that is a folder of this machine and user whose `cluster.json` names the job.
+
 A process that torchrun has started takes its place from torch's own variables (`RANK`,
 `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`), as far as no file or variable above says
 otherwise; so does one in a pod where they are set by hand.
@@ -26,17 +30,19 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
-from ps_core.errors import ConfigError
+from ps_core.errors import ConfigError, MismatchError, printable
 from ps_core.settings import INF, LIST, Config
 
 PREFIX: Final = "SHARDLINE_"
 FILE_VARIABLE: Final = "SHARDLINE_CONFIG"
+_LONGEST_SETTING: Final = 2**16
+"""Characters of a value that another process sends; an environment holds twice that in one."""
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +59,7 @@ class _Setting:
     low: float
     high: float
     step: int
+    of_job: bool
 
     @property
     def variable(self) -> str:
@@ -115,13 +122,60 @@ def load(
     for key, text in argv_overrides.items():
         setting = _SETTINGS[_known(key, _SETTINGS, "the command line")]
         values[key] = _parse(setting, text, setting.flag or "the command line")
+    return _without_bound_0(_build(values))
+
+
+def load_job(settings: Mapping[str, str], address: str) -> Config:
+    """The job that `settings`, from the process at `address`, describe; every key that is not of
+    the job has its default. Nobody vouches for that process: a variable that `to_settings` does not
+    write, or a value that is not allowed, is a MismatchError.
+    """
+    values = {}
+    for variable, text in settings.items():
+        setting = _SETTINGS.get(_VARIABLES.get(variable, ""))
+        if setting is None or not setting.of_job:
+            raise _not_of_a_job(address, f"{variable!r} is not a key that a job decides")
+        if len(text) > _LONGEST_SETTING or not text.isprintable():
+            raise _not_of_a_job(address, f"{setting.key} is too long, or has control characters")
+        with _naming(address):
+            values[setting.key] = _parse(setting, text, variable)
+    with _naming(address):
+        return _build(values)
+
+
+@contextlib.contextmanager
+def _naming(address: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise _not_of_a_job(address, str(error)) from error
+
+
+def _not_of_a_job(address: str, why: str) -> MismatchError:
+    return MismatchError(
+        f"what {address} says of its job cannot be used: {printable(why, 300)}; give the address "
+        "of a job of this release"
+    )
+
+
+def to_settings(config: Config) -> dict[str, str]:
+    """The variables from which `load_job` makes the job of `config`."""
+    return {
+        variable: text
+        for variable, text in to_environment(config).items()
+        if _SETTINGS[_VARIABLES[variable]].of_job
+    }
+
+
+def _build(values: Mapping[str, object]) -> Config:
+    """A valid configuration of these values, by "section.key", and of defaults."""
     parts: dict[str, dict[str, object]] = {section: {} for section in _SECTIONS}
     for key, value in values.items():
         section, name = key.split(".")
         parts[section][name] = value
     config = Config(**{section: kind(**parts[section]) for section, kind in _SECTIONS.items()})
     validate(config)
-    return _without_bound_0(config)
+    return config
 
 
 def _from_torch(environ: Mapping[str, str]) -> dict[str, object]:
@@ -227,9 +281,11 @@ def validate(config: Config) -> None:
 def _validate_cluster(config: Config) -> None:
     cluster = config.cluster
     shards, rank = cluster.shards, cluster.rank
+    seen: set[str] = set()
     for address in shards:
-        if split_address(address)[1] == 0 or shards.count(address) > 1:
+        if split_address(address)[1] == 0 or address in seen:
             raise ConfigError(f"cluster.shards: each shard needs its own address, not {address}")
+        seen.add(address)
     if 0 < cluster.max_workers < cluster.num_workers:
         raise ConfigError(
             f"cluster.max_workers = {cluster.max_workers} is below cluster.num_workers = "
@@ -388,7 +444,8 @@ def documentation() -> str:
             each = _SETTINGS[f"{section}.{name}"]
             codes = (name, each.variable, each.flag, _text(each.default))
             key, *others, default = (f"`{code}`" if code else "" for code in codes)
-            page += f"| {' | '.join((key, *others, each.takes(), default, each.help))} |\n"
+            meaning = f"*Job.* {each.help}" if each.of_job else each.help
+            page += f"| {' | '.join((key, *others, each.takes(), default, meaning))} |\n"
     return page
 
 

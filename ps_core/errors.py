@@ -10,9 +10,29 @@ from typing import ClassVar, Final
 
 import grpc
 
+_LONGEST_MESSAGE: Final = 4000
+"""Characters."""
+
+
+def printable(text: str, longest: int = _LONGEST_MESSAGE) -> str:
+    """The text in one line of at most so many characters, which no terminal obeys: what is not
+    printable is written as Python would write it in a literal.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest - 1]}…"
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
 
 class ShardlineError(Exception):
-    """Anything that shardline reports; its message is one sentence that says what to do."""
+    """Anything that shardline reports; its message is one sentence that says what to do.
+
+    Part of the message may come from another machine, or from a name in a model.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
     retryable: ClassVar[bool] = False
     exit_code: ClassVar[int] = 1

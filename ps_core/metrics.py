@@ -8,10 +8,11 @@ looks nothing up. Any thread may count. docs/metrics.md lists them all.
 """
 
 import platform
+import socket
 import threading
 from importlib.metadata import version
 from typing import Final, Literal, get_args
-from wsgiref.simple_server import WSGIServer
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,8 +23,9 @@ from prometheus_client import (
     Info,
     PlatformCollector,
     ProcessCollector,
-    start_http_server,
+    make_wsgi_app,
 )
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from ps_core import __version__
 from ps_core.cgroup import memory_limit_bytes
@@ -183,8 +185,9 @@ class Endpoint:
         self._thread.join()
 
 
-def start_endpoint(host: str, port: int) -> Endpoint | None:
+def start_endpoint(host: str, port: int, *, shared: bool = False) -> Endpoint | None:
     """Serve all metrics over HTTP; port 0 takes a free one, -1 serves nothing and returns None.
+    `shared`: another process of this user may hold the port.
 
     ConfigError when `host` and `port` cannot be listened on.
     """
@@ -200,8 +203,28 @@ def start_endpoint(host: str, port: int) -> Endpoint | None:
     )
     host, _ = split_address(join_address(host, port))
     try:
-        server, thread = start_http_server(port, host, REGISTRY)
+        server = _listen(host, port, shared)
     except OSError as exc:
         key = f"metrics.host and metrics.port: cannot listen on {host}, port {port}"
         raise ConfigError(f"{key}: {exc}; port 0 takes a free one, -1 none") from exc
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
     return Endpoint(f"http://{join_address(host, server.server_port)}/metrics", server, thread)
+
+
+class _Silent(WSGIRequestHandler):
+    """Logs no request."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
+def _listen(host: str, port: int, shared: bool) -> WSGIServer:
+    """As prometheus_client's own server, which cannot share a port."""
+    places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+
+    class Server(ThreadingWSGIServer):
+        address_family = places[0][0]
+        allow_reuse_port = shared
+
+    return make_server(host, port, make_wsgi_app(REGISTRY), Server, _Silent)

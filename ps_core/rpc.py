@@ -38,7 +38,6 @@ _OPTIONS: Sequence[tuple[str, int]] = (
 
 _SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     *_OPTIONS,
-    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not half of the traffic
     # A peer may ping as often as its keepalive says. By default gRPC breaks a connection on which
     # pings come more often than every five minutes without data in between.
     ("grpc.http2.max_ping_strikes", 0),
@@ -203,7 +202,9 @@ def build_server(
     as bytes, so that what cannot be decoded is theirs to refuse. Must be called on the running
     event loop. Raises ConfigError when the address cannot be bound.
     """
-    server = grpc.aio.server(options=[*_SERVER_OPTIONS, *_keepalive(config)])
+    # By default a second server on the port is an error, and does not get half of the traffic.
+    sharing = ("grpc.so_reuseport", int(config.shared_ports))
+    server = grpc.aio.server(options=[*_SERVER_OPTIONS, sharing, *_keepalive(config)])
     for descriptor, servicer in servicers:
         handlers = {m.name: _handler(m, getattr(servicer, m.name)) for m in descriptor.methods}
         server.add_generic_rpc_handlers(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ps_core import __version__
 from ps_core.config import add_flags, check_addresses, load, overrides
-from ps_core.errors import ShardlineError
+from ps_core.errors import ShardlineError, printable
 from ps_server.server import serve
 
 _FLAGS = (
@@ -31,6 +31,14 @@ _EXAMPLE = """example, the second of two shards on this machine:
 """
 
 
+class _Printable(logging.Formatter):
+    """Messages of one line each, also where a worker has sent some of the text."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 def main() -> int:
     """Run the shard; 0 when the job is complete or the shard was told to stop."""
     parser = argparse.ArgumentParser(
@@ -43,7 +51,9 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=__version__)
     add_flags(parser, _FLAGS)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         config = load(overrides(arguments), file=arguments.config)
         check_addresses(config)

@@ -42,7 +42,9 @@ def serve(config: Config, announce: Callable[[str], None]) -> None:
     # With the first optimizer torch imports its compiler, which takes seconds: not while the first
     # worker waits to be admitted.
     torch.optim.SGD([torch.zeros(1)])
-    endpoint = start_endpoint(config.metrics.host, config.metrics.port)
+    endpoint = start_endpoint(
+        config.metrics.host, config.metrics.port, shared=config.rpc.shared_ports
+    )
     try:
         asyncio.run(_serve(config, announce, endpoint.url if endpoint else "none"))
     finally:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import replace
 
 from ps_core import __version__
-from ps_core.config import to_environment
-from ps_core.settings import MetricsConfig, ServerConfig, WorkerConfig
+from ps_core.config import to_settings
 from ps_core.v1 import shard_pb2
 from ps_server.node import Node
 from ps_server.office import Office
@@ -57,11 +55,7 @@ def _describe_lead(response: shard_pb2.DescribeResponse, node: Node, office: Off
                 open=totals.open,
             )
         )
-    # What is this process's own does not go to others.
-    shared = replace(
-        node.config, server=ServerConfig(), metrics=MetricsConfig(), worker=WorkerConfig()
-    )
-    response.settings.update(to_environment(shared))
+    response.settings.update(to_settings(node.config.by_worker()))
 
 
 def _phase(node: Node) -> shard_pb2.Phase:

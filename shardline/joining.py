@@ -3,75 +3,115 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import NoReturn
 
-from ps_core.config import PREFIX, check_addresses, inherited_environment, load, to_environment
+from ps_core.config import (
+    check_addresses,
+    inherited_environment,
+    load_job,
+    to_environment,
+    validate,
+)
 from ps_core.errors import ConfigError, JobFailedError, MismatchError, ShardlineError
 from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
 from ps_worker import calls
 from shardline.program import Program
+from shardline.run_directory import is_of_job
 from shardline.streams import say
-
-_SHARDS: Final = f"{PREFIX}CLUSTER_SHARDS"
-_RANK: Final = f"{PREFIX}CLUSTER_RANK"
-_RUN_DIR: Final = f"{PREFIX}JOB_RUN_DIR"
 
 
 def join(config: Config, program: Program) -> NoReturn:
     """Become a worker that runs `program`, in the job whose workers meet at `cluster.rendezvous`,
     or else whose lead is the first of `cluster.shards`.
 
-    Raises ShardUnreachableError, MismatchError when there is no room, and all that `environment`
-    raises.
+    Raises ShardUnreachableError, MismatchError when there is no room, and all that `joined` raises.
     """
     program.check()
     check_addresses(config)
-    job, rank = _place_among_workers(config) if config.cluster.rendezvous else _place(config)
-    variables = inherited_environment() | job | {_RANK: str(rank)}
-    if not Path(variables.get(_RUN_DIR, ".")).is_dir():  # it is on the machine of the others
-        del variables[_RUN_DIR]
-    say(f"shardline: joining the job as worker {variables[_RANK]}\n")
+    mine = _join_workers(config) if config.cluster.rendezvous else _join_shards(config)
+    say(f"shardline: joining the job as worker {mine.cluster.rank}\n")
     command = (sys.executable, "-u", *program.command)
-    os.execve(sys.executable, command, variables)  # noqa: S606  # a shell would only be in the way
+    os.execve(sys.executable, command, environment(mine))  # noqa: S606  # a shell would only be in the way
 
 
-def _place(config: Config) -> tuple[dict[str, str], int]:
-    """In a job with shards: its variables, and a rank."""
+def environment(mine: Config) -> dict[str, str]:
+    """All variables of the new worker: this process's, and its configuration."""
+    variables = inherited_environment() | to_environment(mine)
+    if mine.worker.threads:
+        variables["OMP_NUM_THREADS"] = str(mine.worker.threads)
+    return variables
+
+
+def _join_shards(config: Config) -> Config:
+    """In a job with shards: what `described` says, with a rank."""
     address = config.cluster.shards[0]
-    job = environment(calls.describe(address, config.rpc), config)
-    return job, calls.reserve(address, config.rpc)
+    job = described(calls.describe(address, config.rpc), config)
+    return _with_rank(job, calls.reserve(address, config.rpc))
 
 
-def _place_among_workers(config: Config) -> tuple[dict[str, str], int]:
+def _join_workers(config: Config) -> Config:
     """In an all-reduce job."""
     from allreduce.visit import Visit  # imports torch
 
     visit = Visit(config.cluster.rendezvous, config.rpc.call_timeout_seconds)
-    job = visit.settings()
-    cluster = load(environ=job).cluster
-    rank = visit.reserve(cluster.num_workers, cluster.num_ranks - cluster.num_workers)
-    return job | _own(config), rank
+    job = joined(load_job(visit.settings(), config.cluster.rendezvous), config)
+    num_workers, num_ranks = job.cluster.num_workers, job.cluster.num_ranks
+    return _with_rank(job, visit.reserve(num_workers, num_ranks - num_workers))
 
 
-def environment(lead: shard_pb2.DescribeResponse, own: Config) -> dict[str, str]:
-    """The variables of the new worker: the job's, and what is its own in `own`.
+def _with_rank(job: Config, rank: int) -> Config:
+    mine = replace(job, cluster=replace(job.cluster, rank=rank))
+    validate(mine)
+    return mine
+
+
+def described(lead: shard_pb2.DescribeResponse, own: Config) -> Config:
+    """The configuration of a new worker in the job that the first of `own.cluster.shards` leads.
 
     ShardlineError when there is nothing to join.
     """
-    _check(lead, own.cluster.shards[0])
-    job = dict(lead.settings)
-    job[_SHARDS] = ",".join(_addresses(own.cluster.shards, load(environ=job).cluster.shards))
-    return job | _own(own)
+    address = own.cluster.shards[0]
+    _check(lead, address)
+    job = load_job(lead.settings, address)
+    if job.pipeline.stages > 1:
+        raise MismatchError(
+            f"a replica of this job's model takes {job.pipeline.stages} workers, and this would be "
+            "one: start the job with more of them, `shardline run --workers`"
+        )
+    return joined(job, own)
 
 
-def _own(config: Config) -> dict[str, str]:
-    """The variables that are the new worker's own."""
-    mine = to_environment(Config(worker=config.worker, rpc=config.rpc, metrics=config.metrics))
-    if config.worker.threads:
-        mine["OMP_NUM_THREADS"] = str(config.worker.threads)
-    return mine
+def joined(job: Config, own: Config) -> Config:
+    """The configuration of a new worker in `job`, which another process has described: what is of
+    the job, and from `own` what is of this machine. Raises ConfigError.
+    """
+    cluster = replace(
+        job.cluster,
+        shards=tuple(_addresses(own.cluster.shards, job.cluster.shards)),
+        rendezvous=own.cluster.rendezvous or job.cluster.rendezvous,
+    )
+    taken = replace(
+        job,
+        job=replace(job.job, run_dir=_run_dir(job, own)),
+        cluster=cluster,
+        worker=own.worker,
+        rpc=own.rpc,
+        metrics=own.metrics,
+    )
+    check_addresses(taken)
+    return taken
+
+
+def _run_dir(job: Config, own: Config) -> str:
+    """Where the new worker writes. The job's own folder may be on another machine, and another
+    process must not choose what is written to on this one.
+    """
+    if own.job.run_dir or not is_of_job(Path(job.job.run_dir), job.job.id):
+        return own.job.run_dir
+    return job.job.run_dir
 
 
 def _check(lead: shard_pb2.DescribeResponse, address: str) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -14,8 +15,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from ps_core.cgroup import cpu_limit
-from ps_core.config import check_addresses, split_address
+from ps_core.config import check_addresses
 from ps_core.errors import ConfigError, ShardlineError
+from ps_core.listening import listen
 from ps_core.settings import PipelineConfig
 from shardline import local_plan, report, run_directory
 from shardline.curves import Curves
@@ -23,7 +25,7 @@ from shardline.display import Screen
 from shardline.ledger import Balance
 from shardline.local_plan import Launch, plan, with_rendezvous
 from shardline.open_files import allow_open_files
-from shardline.ports import free_ports
+from shardline.ports import held_ports
 from shardline.processes import Child, ProcessSpec
 from shardline.progress import Progress, Totals
 from shardline.records import Tail
@@ -53,16 +55,18 @@ def run(launch: Launch, screen: Screen) -> int:
     _check_schedule(launch.config.pipeline)
     allow_open_files(1 + launch.num_shards + launch.num_workers)
     directory = run_directory.create(launch.config.job.run_dir, launch.program.name, time.time())
-    ports = free_ports(2 * launch.num_shards + launch.num_workers + 1)
-    rendezvous_port = ports.pop()
-    if launch.needs_rendezvous:
-        launch = with_rendezvous(launch, rendezvous_port)
-    job_id = f"{launch.job_name}-{secrets.token_hex(3)}"
-    specs = plan(launch, job_id, directory.path, ports, _num_cpus())
-    screen.note(report.opening(launch, job_id, directory))
-    if invitation := report.invitation(launch, specs[0].address):
-        screen.note(invitation)
-    return _Run(launch, directory, screen, specs, job_id).to_its_end()
+    with contextlib.ExitStack() as held:
+        ports = held.enter_context(held_ports(2 * launch.num_shards + launch.num_workers))
+        listener = None
+        if launch.needs_rendezvous:
+            listener = held.enter_context(listen("127.0.0.1:0"))
+            launch = with_rendezvous(launch, listener.getsockname()[1])
+        job_id = f"{launch.job_name}-{secrets.token_hex(3)}"
+        specs = plan(launch, job_id, directory.path, ports, _num_cpus())
+        screen.note(report.opening(launch, job_id, directory))
+        if invitation := report.invitation(launch, specs[0].address):
+            screen.note(invitation)
+        return _Run(launch, directory, screen, specs, job_id, listener).to_its_end()
 
 
 def _check_schedule(pipeline: PipelineConfig) -> None:
@@ -113,8 +117,11 @@ class _Run:
         screen: Screen,
         specs: Sequence[ProcessSpec],
         job_id: str,
+        listener: socket.socket | None,
     ) -> None:
+        """`listener`: where the rendezvous is to be kept."""
         self._job_id = job_id
+        self._listener = listener
         self._launch, self._directory, self._screen = launch, directory, screen
         self._specs = specs
         self._children: dict[ProcessId, Child] = {}  # the newest of each
@@ -140,8 +147,8 @@ class _Run:
             try:
                 for spec in self._specs:
                     self._start(spec)
-                self._keep_rendezvous()
                 self._write_cluster()
+                self._keep_rendezvous()
                 self._watch()
             finally:
                 self._clean_up()
@@ -149,12 +156,11 @@ class _Run:
 
     def _keep_rendezvous(self) -> None:
         """After the workers were started, which import torch meanwhile, too."""
-        address = self._launch.config.cluster.rendezvous
-        if address:
+        if self._listener is not None:
             from allreduce.store import Keeper  # most runs need no torch here
 
-            self._keeper = Keeper(*split_address(address))
-            self._keeper.publish(local_plan.common_settings(self._specs))
+            self._keeper = Keeper(self._listener)
+            self._keeper.publish(local_plan.job_settings(self._specs))
 
     def _start(self, spec: ProcessSpec) -> None:
         child = self._children[spec.id] = Child(spec, self._directory.open_log(spec))
@@ -167,7 +173,8 @@ class _Run:
             Running(child.spec, child.pid, self._num_starts[process] - 1)
             for process, child in self._children.items()
         ]
-        document = run_directory.cluster(self._job_id, self._started_at, running)
+        meeting = self._launch.config.cluster.rendezvous
+        document = run_directory.cluster(self._job_id, self._started_at, meeting, running)
         self._directory.write_json("cluster.json", document)
 
     def _show_line(self, process: ProcessId, text: str) -> None:

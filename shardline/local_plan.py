@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Final
 
 from ps_core.config import (
-    PREFIX,
     inherited_environment,
     join_address,
+    load,
     to_environment,
+    to_settings,
     validate,
 )
 from ps_core.settings import Config, JobConfig
@@ -80,6 +81,7 @@ def plan(
         job=replace(launch.config.job, id=job_id, run_dir=str(run_dir)),
         cluster=replace(launch.config.cluster, shards=shards, rank=0),
         server=replace(launch.config.server, index=0, port=0),
+        rpc=replace(launch.config.rpc, shared_ports=True),
     )
     roles = [ProcessId("shard", index) for index in range(launch.num_shards)]
     roles += [ProcessId("worker", rank) for rank in range(launch.num_workers)]
@@ -89,12 +91,10 @@ def plan(
     ]
 
 
-def common_settings(specs: Sequence[ProcessSpec]) -> dict[str, str]:
-    """The variables that all workers have in common."""
+def job_settings(specs: Sequence[ProcessSpec]) -> dict[str, str]:
+    """The variables with which another worker can join."""
     worker = next(spec for spec in specs if spec.id.role == "worker")
-    own = (f"{PREFIX}CLUSTER_RANK", f"{PREFIX}METRICS_PORT", f"{PREFIX}WORKER_THREADS")
-    environment = worker.environment.items()
-    return {name: v for name, v in environment if name.startswith(PREFIX) and name not in own}
+    return to_settings(load(environ=worker.environment))
 
 
 def _of_process(config: Config, process: ProcessId, metrics_port: int, num_cpus: int) -> Config:

@@ -6,8 +6,8 @@ from typing import Final
 from ps_core.errors import ConfigError
 
 _OF_ITS_OWN: Final = 24
-_PER_PROCESS: Final = 4
-"""Its log, its pipe, and connections to it, in the process that has the most of them."""
+_PER_PROCESS: Final = 6
+"""Its log, its pipe, its ports, and connections to it, in the process that has the most of them."""
 
 
 def allow_open_files(num_processes: int) -> None:

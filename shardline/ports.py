@@ -34,8 +34,10 @@ def candidates(ephemeral: tuple[int, int]) -> list[int]:
     return outside or list(range(_LOWEST, 65536))
 
 
-def free_ports(count: int, ports: Sequence[int] | None = None) -> list[int]:
-    """`count` different ports of `ports` that nothing on 127.0.0.1 uses now.
+@contextlib.contextmanager
+def held_ports(count: int, ports: Sequence[int] | None = None) -> Iterator[list[int]]:
+    """`count` different ports of `ports` on 127.0.0.1, which until the end of the block only those
+    processes of this user can listen on that share them (`rpc.shared_ports`).
 
     They are tried from a random one on, so that runs started together take different ones.
     ShardlineError when there are not enough.
@@ -43,15 +45,21 @@ def free_ports(count: int, ports: Sequence[int] | None = None) -> list[int]:
     ports = candidates(ephemeral_range()) if ports is None else ports
     start = random.randrange(len(ports)) if ports else 0  # noqa: S311  # spreads, hides nothing
     found: list[int] = []
-    with contextlib.ExitStack() as held:  # all are held until the last is found
+    with contextlib.ExitStack() as held:
         for port in _around(ports, start):
             if len(found) == count:
                 break
-            if _can_bind(port, held):
+            if _can_hold(port, held):
                 found.append(port)
-    if len(found) < count:
-        raise ShardlineError(f"only {len(found)} of {count} ports are free on this machine")
-    return found
+        if len(found) < count:
+            raise ShardlineError(f"only {len(found)} of {count} ports are free on this machine")
+        yield found
+
+
+def free_ports(count: int, ports: Sequence[int] | None = None) -> list[int]:
+    """Such ports, which nothing uses now."""
+    with held_ports(count, ports) as found:
+        return found
 
 
 def _around(ports: Sequence[int], start: int) -> Iterator[int]:
@@ -59,10 +67,12 @@ def _around(ports: Sequence[int], start: int) -> Iterator[int]:
     yield from ports[:start]
 
 
-def _can_bind(port: int, held: contextlib.ExitStack) -> bool:
-    probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+def _can_hold(port: int, held: contextlib.ExitStack) -> bool:
+    holder = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
     try:
-        probe.bind(("127.0.0.1", port))
+        holder.bind(("127.0.0.1", port))
     except OSError:
         return False
+    # From now on: the holder itself must not share the port of another one.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     return True

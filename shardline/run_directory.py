@@ -93,6 +93,16 @@ def create(given: str, name: str, now: float) -> RunDirectory:
     return directory
 
 
+def is_of_job(folder: Path, job_id: str) -> bool:
+    """Whether it is this user's folder of the run that has this job, as its `cluster.json` says."""
+    try:
+        is_mine = folder.stat().st_uid == os.geteuid()
+        document = json.loads((folder / "cluster.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return is_mine and isinstance(document, dict) and document.get("job_id") == job_id
+
+
 def _unusable(path: Path, exc: OSError) -> ConfigError:
     return ConfigError(f"cannot write to the run directory {path}: {exc.strerror}; see --run-dir")
 
@@ -125,8 +135,12 @@ class Running:
     num_restarts: int = 0  # how often it was started again
 
 
-def cluster(job_id: str, started: float, processes: Iterable[Running]) -> dict[str, object]:
-    """The document `cluster.json`: who takes part; `started` is in seconds since 1970."""
+def cluster(
+    job_id: str, started: float, rendezvous: str, processes: Iterable[Running]
+) -> dict[str, object]:
+    """The document `cluster.json`: who takes part; `started` is in seconds since 1970, and
+    `rendezvous` empty when workers do not meet.
+    """
     entries = [
         {
             "role": each.spec.id.role,
@@ -140,7 +154,12 @@ def cluster(job_id: str, started: float, processes: Iterable[Running]) -> dict[s
         for each in processes
     ]
     moment = datetime.fromtimestamp(started, UTC).isoformat(timespec="milliseconds")
-    return {"job_id": job_id, "started": moment, "processes": entries}
+    return {
+        "job_id": job_id,
+        "started": moment,
+        "rendezvous": rendezvous or None,
+        "processes": entries,
+    }
 
 
 @dataclass(frozen=True, slots=True)

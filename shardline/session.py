@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
+from allreduce.store import kept_here
 from ps_core.buckets import Bucket
 from ps_core.config import check_addresses, load
 from ps_core.errors import ConfigError, ResultError, ShardlineError, UsageError
@@ -129,12 +130,16 @@ class Session:
         self.seed = config.job.seed
         self.device = choose_device(config.worker.device, config.cluster)
         prepare_process(config, self.device)
-        self._endpoint: Endpoint | None = start_endpoint(config.metrics.host, config.metrics.port)
+        self._endpoint: Endpoint | None = start_endpoint(
+            config.metrics.host, config.metrics.port, shared=config.rpc.shared_ports
+        )
         if self._endpoint and not config.metrics.port:
             _say(f"metrics at {self._endpoint.url}")
         metrics = WorkerMetrics(config.cluster.rank, len(config.cluster.shards))
         self._preemption = Preemption(config.worker.grace_seconds)
         self._is_alone = config.strategy == "alone"
+        self._keeper = kept_here(config)
+        """The rendezvous, which lives until the block has been left."""
         self._staging = _stage(config, self.device)
         self._replica = self._staging.replica if self._staging else None
         self.exchange: JobExchange = make_exchange(
@@ -463,6 +468,7 @@ class Session:
                 if self._rows is not None:
                     self._rows.close()
                 self._journal.close()
+                self._keeper = None
                 if self._endpoint:
                     self._endpoint.close()
             if isinstance(error, ShardlineError):

@@ -1,6 +1,6 @@
 """What the shards of a job say about themselves, for people and for programs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ps_core.config import PREFIX
-from ps_core.errors import ShardlineError, ShardUnreachableError
+from ps_core.errors import ShardlineError, ShardUnreachableError, printable
 from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
 from ps_worker.calls import describe
@@ -79,9 +79,23 @@ def ask(config: Config) -> list[Shard]:
 
 def _ask(address: str, config: Config) -> Shard:
     try:
-        return Shard(address, answer=describe(address, config.rpc))
+        answer = describe(address, config.rpc)
     except ShardlineError as exc:
         return Shard(address, error=exc)
+    make_printable(answer)
+    return Shard(address, answer=answer)
+
+
+def make_printable(message: Message) -> None:
+    """Make every text in it one that no terminal obeys."""
+    for field, value in message.ListFields():
+        if isinstance(value, str):
+            setattr(message, field.name, printable(value))
+        elif isinstance(value, MutableMapping):
+            value.update({key: printable(text) for key, text in value.items()})
+        elif field.is_repeated:
+            for item in value:
+                make_printable(item)
 
 
 def exit_code(shards: Sequence[Shard]) -> int:

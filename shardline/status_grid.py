@@ -8,16 +8,23 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from ps_core.config import PREFIX
+from ps_core.config import load_job
+from ps_core.errors import MismatchError
 from ps_core.v1 import shard_pb2
 
 Answers = Sequence[shard_pb2.DescribeResponse]
-_STAGES = f"{PREFIX}PIPELINE_STAGES"
 
 
 def num_stages(answers: Answers) -> int:
     """Into how many stages the job's model is split, as the lead tells; 1: it is not."""
-    return max((int(each.settings.get(_STAGES, "1")) for each in answers), default=1)
+    return max(map(_stages_of, answers), default=1)
+
+
+def _stages_of(answer: shard_pb2.DescribeResponse) -> int:
+    try:
+        return load_job(answer.settings, f"shard {answer.shard}").pipeline.stages
+    except MismatchError:
+        return 1  # another release's, which is shown without a grid
 
 
 def grid(answers: Answers) -> dict[int, dict[int, list[shard_pb2.WorkerStatus]]]:

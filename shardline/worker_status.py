@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from allreduce.visit import Seen, Visit
-from ps_core.config import load
+from ps_core.config import load_job
+from ps_core.errors import printable
 from ps_core.settings import Config
 from shardline.status import Report
 
@@ -16,7 +17,7 @@ from shardline.status import Report
 def report(config: Config) -> Report:
     """Ask the rendezvous. Raises ShardUnreachableError, and what Visit.settings raises."""
     visit = Visit(config.cluster.rendezvous, config.rpc.call_timeout_seconds)
-    job = load(environ=visit.settings())
+    job = load_job(visit.settings(), config.cluster.rendezvous)
     generation, workers = visit.workers()
     document: dict[str, object] = {
         "job_id": job.job.id,
@@ -59,4 +60,5 @@ def _picture(job: Config, generation: int, workers: Sequence[Seen]) -> Group:
 def _cell(seen: Seen | None) -> str:
     if seen is None:
         return "-"
-    return f"version {seen.version:,}, {seen.member.device}, process {seen.member.pid}"
+    device = printable(seen.member.device)
+    return f"version {seen.version:,}, {device}, process {seen.member.pid}"

@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 
 from allreduce.store import Keeper
 from ps_core.config import inherited_environment
+from ps_core.listening import listen
 from shardline.ports import free_ports
 from tests.host import STACKS_SIGNAL, Case, Message, Result, run_case
 
@@ -322,7 +323,7 @@ class Cluster:
         }
         environ = {**numbers, **environ}
         is_staged = int(environ.get("SHARDLINE_PIPELINE_STAGES", "1")) > 1
-        keeper = Keeper("127.0.0.1", 0) if is_staged or not shards else None
+        keeper = Keeper(listen("127.0.0.1:0")) if is_staged or not shards else None
         if keeper is not None:
             address = {"SHARDLINE_CLUSTER_RENDEZVOUS": f"127.0.0.1:{keeper.port}"}
             environ = {**address, **environ}

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from allreduce.store import Keeper
+from ps_core.listening import listen
 from tests.allreduce.together import wait_until
 from tests.processes import Process
 
@@ -355,7 +356,7 @@ with shardline.connect() as session:
 def failing(folder: Path, how: str) -> Iterator[list[Process]]:
     """Two workers of a job that fails."""
     (folder / "fail.py").write_text(FAILING)
-    keeper = Keeper("127.0.0.1", 0)
+    keeper = Keeper(listen("127.0.0.1:0"))
     common = {"cluster.rendezvous": f"127.0.0.1:{keeper.port}", "cluster.num_workers": 2}
     with ExitStack() as stack:
         yield [

@@ -13,6 +13,7 @@ from allreduce.store import Keeper
 from ps_core.buckets import Bucket, make_buckets
 from ps_core.config import load
 from ps_core.exchange import Work
+from ps_core.listening import listen
 from ps_core.local import LocalExchange
 from ps_core.optim_spec import describe, read_groups
 from ps_core.optimizer import JobExchange
@@ -64,7 +65,7 @@ def alone() -> JobExchange:
 
 def through_nccl(*, shard_optimizer: bool = False) -> JobExchange:
     """A group of one worker: its collectives are real."""
-    keeper = Keeper("127.0.0.1", 0)
+    keeper = Keeper(listen("127.0.0.1:0"))
     settings = {
         "cluster.rendezvous": f"127.0.0.1:{keeper.port}",
         "allreduce.backend": "nccl",

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from allreduce.store import Keeper
+from ps_core.listening import listen
 from tests.processes import Fleet
 
 NUM_STEPS: Final = 5
@@ -103,7 +104,7 @@ def test_another_worker_writes_the_model_when_the_first_is_lost_while_it_does(
 ) -> None:
     stages = 2 if settings is STAGES else 1
     ranks = range(2 * stages)
-    keeper = Keeper("127.0.0.1", 0)
+    keeper = Keeper(listen("127.0.0.1:0"))
     with Fleet(tmp_path, num_shards=num_shards) as fleet:
         fleet.settings |= IMPATIENT | {"cluster.num_workers": len(ranks), **settings}
         fleet.settings["job.run_dir"] = str(tmp_path)

@@ -26,6 +26,7 @@ from ps_core.config import load
 from ps_core.errors import DataLossError, JobFailedError, MismatchError, UsageError
 from ps_core.exchange import Arrival, Farewell, Grant, Meeting, Purpose, Start, Work
 from ps_core.leases import PassSpec
+from ps_core.listening import listen
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from tests.allreduce.replicas import BUCKET_BYTES, Alone, gradients, net, planned, spec_of
 from tests.allreduce.together import PATIENCE_SECONDS, Worker, outcomes, together, wait_until
@@ -41,7 +42,7 @@ class Job:
 
     def __init__(self, stack: ExitStack, num_workers: int, **settings: object) -> None:
         self.stack = stack
-        self.keeper = Keeper("127.0.0.1", 0)
+        self.keeper = Keeper(listen("127.0.0.1:0"))
         self.settings = {
             "cluster.rendezvous": f"127.0.0.1:{self.keeper.port}",
             "cluster.num_workers": num_workers,

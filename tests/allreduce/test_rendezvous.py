@@ -12,7 +12,7 @@ import pytest
 
 from allreduce import rendezvous
 from allreduce.rendezvous import Member, Rendezvous, missing, newest, replica_of, whole
-from allreduce.store import Keeper
+from allreduce.store import Keeper, kept_here
 from ps_core.config import load
 from ps_core.errors import (
     ConfigError,
@@ -22,6 +22,7 @@ from ps_core.errors import (
     JobOverError,
     JoinTimeoutError,
 )
+from ps_core.listening import listen
 from tests.allreduce.together import (
     PATIENCE_SECONDS,
     Worker,
@@ -30,7 +31,7 @@ from tests.allreduce.together import (
     together,
     wait_until,
 )
-from tests.processes import free_ports, occupied_port
+from tests.processes import free_ports
 
 NOT_YET_SECONDS = 0.3
 """How long a test looks at something that does not happen."""
@@ -43,7 +44,7 @@ class Meeting:
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self.keeper = Keeper("127.0.0.1", 0)
+        self.keeper = Keeper(listen("127.0.0.1:0"))
 
     def worker(self, rank: int, num_workers: int = 3, **settings: Any) -> Rendezvous:  # noqa: ANN401 - any key's
         replica = settings.pop("replica", None)
@@ -421,19 +422,22 @@ def test_a_rendezvous_that_is_gone_is_an_error(meeting: Meeting) -> None:
             call()
 
 
-def test_rank_0_may_keep_the_rendezvous_itself(meeting: Meeting) -> None:
+def test_the_worker_of_rank_0_keeps_the_rendezvous_if_it_is_to() -> None:
     (port,) = free_ports(1)
-    address = f"127.0.0.1:{port}"
-    settings = {"cluster.rendezvous": address, "cluster.serve_rendezvous": "true"}
-    first, second = meeting.workers(2, **settings)
-    together(first.meet, second.meet)
-    assert ranks(first, second) == {(1, (0, 1))}
-    together(first.finish, second.finish)
+    keys = {"CLUSTER_RENDEZVOUS": f"127.0.0.1:{port}", "CLUSTER_SERVE_RENDEZVOUS": "true"}
 
+    def kept(**others: object) -> Keeper | None:
+        settings = {**keys, "CLUSTER_NUM_WORKERS": 2, **others}
+        return kept_here(load(environ={f"SHARDLINE_{k}": str(v) for k, v in settings.items()}))
 
-def test_a_port_in_use_is_the_users_to_change() -> None:
-    with occupied_port() as port, pytest.raises(ConfigError, match=f"kept at 127.0.0.1:{port}"):
-        Keeper("127.0.0.1", port)
+    assert kept(CLUSTER_RANK=1) is None
+    assert kept(CLUSTER_SERVE_RENDEZVOUS="false") is None
+    assert kept(CLUSTER_SHARDS="127.0.0.1:7000") is None
+    keeper = kept()
+    assert keeper is not None
+    assert keeper.port == port
+    with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
+        kept()
 
 
 def test_nothing_is_left_of_a_rendezvous() -> None:

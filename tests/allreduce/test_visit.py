@@ -9,19 +9,19 @@ from allreduce.store import Keeper
 from allreduce.visit import Visit
 from ps_core.config import load
 from ps_core.errors import (
-    ConfigError,
     JobFailedError,
     JobOverError,
     MismatchError,
     ShardUnreachableError,
 )
+from ps_core.listening import listen
 from tests.allreduce.together import together, wait_until
 from tests.processes import free_ports
 
 
 @pytest.fixture
 def keeper() -> Keeper:
-    return Keeper("127.0.0.1", 0)
+    return Keeper(listen("127.0.0.1:0"))
 
 
 def visit(keeper: Keeper) -> Visit:
@@ -98,8 +98,3 @@ def test_a_port_where_nobody_keeps_a_rendezvous_is_an_error() -> None:
     (port,) = free_ports(1)
     with pytest.raises(ShardUnreachableError, match=f"no rendezvous answers at 127.0.0.1:{port}"):
         Visit(f"127.0.0.1:{port}", timeout_seconds=1)
-
-
-def test_a_port_in_use_cannot_be_kept(keeper: Keeper) -> None:
-    with pytest.raises(ConfigError, match=f"no rendezvous can be kept at 127.0.0.1:{keeper.port}"):
-        Keeper("127.0.0.1", keeper.port)

@@ -19,9 +19,11 @@ from ps_core.config import (
     is_loopback,
     listen_address,
     load,
+    load_job,
     overrides,
     shard_address,
     to_environment,
+    to_settings,
     validate,
 )
 from ps_core.errors import ConfigError
@@ -31,6 +33,7 @@ from ps_core.settings import (
     ConsistencyConfig,
     JobConfig,
     MembershipConfig,
+    MetricsConfig,
     PipelineConfig,
     RpcConfig,
     ServerConfig,
@@ -123,6 +126,7 @@ SAMPLES = [
     number("rpc.call_timeout_seconds", "", 15.0, 0.5),
     number("rpc.keepalive_seconds", "", 10.0, 1.5),
     number("rpc.reconnect_seconds", "", 3.0, 0.0),
+    switch("rpc.shared_ports", ""),
     number("rpc.drain_seconds", "--drain-seconds", 5.0, 0.25),
     number("membership.join_timeout_seconds", "--join-timeout", 120.0, 8.5),
     number("membership.min_workers", "--min-workers", 1, 2),
@@ -729,3 +733,31 @@ def test_the_page_tells_all_names_the_default_and_the_meaning(sample: Sample) ->
     assert cells[5].endswith(".")
     if sample.key.endswith("_bytes"):
         assert "Bytes" in cells[5]
+
+
+# -- A job that another process describes ----------------------------------------------------------
+
+
+def test_the_settings_of_a_job_are_its_keys_and_not_those_of_the_machine() -> None:
+    config = Config(
+        job=JobConfig(id="digits", run_dir="/runs/1"),
+        cluster=ClusterConfig(shards=("a:1", "b:2"), num_workers=4, rank=3, attempt=2),
+        server=ServerConfig(index=1, port=4711),
+        worker=WorkerConfig(device="cuda"),
+        rpc=RpcConfig(insecure=True),
+        metrics=MetricsConfig(port=4712),
+        consistency=ConsistencyConfig(mode="async"),
+    )
+    settings = to_settings(config)
+    assert settings == {
+        "SHARDLINE_JOB_ID": "digits",
+        "SHARDLINE_JOB_RUN_DIR": "/runs/1",
+        "SHARDLINE_CLUSTER_SHARDS": "a:1,b:2",
+        "SHARDLINE_CLUSTER_NUM_WORKERS": "4",
+        "SHARDLINE_CONSISTENCY_MODE": "async",
+    }
+    assert load_job(settings, "a:1") == Config(
+        job=config.job,
+        cluster=ClusterConfig(shards=("a:1", "b:2"), num_workers=4),
+        consistency=config.consistency,
+    )

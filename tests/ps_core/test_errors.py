@@ -114,3 +114,13 @@ def test_a_worker_told_to_end_exits_by_the_code_that_asks_for_a_replacement() ->
 def test_success_has_no_error() -> None:
     with pytest.raises(AssertionError):
         error_from(grpc.StatusCode.OK, "")
+
+
+def test_no_terminal_obeys_a_message() -> None:
+    error = errors.ProtocolError("é \x1b]0;owned\x07\n\u202e\udcff")
+    assert str(error) == r"é \x1b]0;owned\x07\n\u202e\udcff"
+    assert errors.printable(str(error)) == str(error)
+
+
+def test_a_message_has_an_end() -> None:
+    assert str(errors.ProtocolError("x" * 10_000)) == "x" * 3999 + "…"

@@ -84,6 +84,8 @@ class FakeShard:
         """What unary calls, loads and pulls are refused with."""
         self.num_refused = 0
         self.pulled: list[Answer] = []
+        self.reserved = 2
+        """The rank that a worker is to have."""
         self.joined = shard_pb2.JoinResponse(shard_incarnation=5, gives_initial_values=True)
 
     def __enter__(self) -> FakeShard:
@@ -93,6 +95,12 @@ class FakeShard:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Exchange": stream(self._exchange, response_serializer=as_bytes),
             "Describe": unary(self._describe, response_serializer=as_bytes),
+            "Reserve": unary(
+                self._unary(
+                    shard_pb2.ReserveRequest, lambda: shard_pb2.ReserveResponse(rank=self.reserved)
+                ),
+                response_serializer=as_bytes,
+            ),
             "Join": unary(
                 self._unary(shard_pb2.JoinRequest, lambda: self.joined),
                 response_serializer=as_bytes,

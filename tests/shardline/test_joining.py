@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from ps_core.config import inherited_environment, load
+from ps_core.config import inherited_environment, load, to_environment
 from ps_core.errors import ConfigError, JobFailedError, MismatchError, ShardlineError
 from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
-from shardline.joining import environment
+from shardline.joining import described, environment
 from shardline.ports import free_ports
 from tests.shardline.stand_ins import environment as process_environment
 
@@ -48,9 +48,9 @@ def own(**flags: str) -> Config:
 
 
 def test_a_new_worker_gets_the_settings_of_the_job() -> None:
-    variables = environment(lead(), own())
-    assert variables == SETTINGS
-    assert load(environ=variables).consistency.mode == "async"
+    mine = described(lead(), own())
+    assert to_environment(mine) == SETTINGS
+    assert mine.consistency.mode == "async"
 
 
 def test_what_is_its_own_comes_from_its_own_flags_and_the_rest_does_not() -> None:
@@ -60,11 +60,13 @@ def test_what_is_its_own_comes_from_its_own_flags_and_the_rest_does_not() -> Non
         metrics__port="9100",
         rpc__insecure="true",
         job__id="another",
+        job__run_dir="/mine",
         consistency__mode="local",
         cluster__num_workers="9",
     )
-    variables = environment(lead(), mine)
-    assert variables == SETTINGS | {
+    variables = environment(described(lead(), mine))
+    assert variables == inherited_environment() | SETTINGS | {
+        "SHARDLINE_JOB_RUN_DIR": "/mine",
         "SHARDLINE_WORKER_THREADS": "3",
         "SHARDLINE_WORKER_DEVICE": "cpu",
         "SHARDLINE_METRICS_PORT": "9100",
@@ -83,13 +85,25 @@ def test_what_is_its_own_comes_from_its_own_flags_and_the_rest_does_not() -> Non
 def test_addresses_that_were_all_given_count_or_else_those_that_the_lead_knows(
     given: str, used: str
 ) -> None:
-    variables = environment(lead(), own(cluster__shards=given))
-    assert variables["SHARDLINE_CLUSTER_SHARDS"] == used
+    mine = described(lead(), own(cluster__shards=given, rpc__insecure="true"))
+    assert ",".join(mine.cluster.shards) == used
 
 
 def test_some_of_the_addresses_are_not_enough() -> None:
     with pytest.raises(ConfigError, match="the job has 2 shards, and --join names 3"):
-        environment(lead(), own(cluster__shards="a:1,b:1,c:1"))
+        described(lead(), own(cluster__shards="a:1,b:1,c:1"))
+
+
+def test_a_lead_on_this_machine_does_not_send_a_worker_to_another_one_unasked() -> None:
+    settings = SETTINGS | {"SHARDLINE_CLUSTER_SHARDS": "10.0.0.4:7000,10.0.0.5:7000"}
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.4 is not a loopback address"):
+        described(lead(settings), own())
+
+
+def test_one_worker_is_no_replica_of_a_model_that_is_split() -> None:
+    settings = SETTINGS | {"SHARDLINE_PIPELINE_STAGES": "2"}
+    with pytest.raises(MismatchError, match="takes 2 workers, and this would be one"):
+        described(lead(settings), own())
 
 
 @pytest.mark.parametrize(
@@ -109,7 +123,7 @@ def test_what_cannot_be_joined_is_an_error_that_says_why(
     answer: shard_pb2.DescribeResponse, kind: type[ShardlineError], words: str
 ) -> None:
     with pytest.raises(ShardlineError, match=words) as refused:
-        environment(answer, own())
+        described(answer, own())
     assert type(refused.value) is kind
 
 
@@ -139,7 +153,7 @@ sys.exit(75)
 """
 
 
-def joined(tmp_path: Path, *arguments: str, run_dir: Path) -> subprocess.Popen[str]:
+def started(tmp_path: Path, *arguments: str, run_dir: Path) -> subprocess.Popen[str]:
     settings = SETTINGS | {"SHARDLINE_JOB_RUN_DIR": str(run_dir)}
     code = JOIN_WITH_A_STAND_IN.replace("SETTINGS", repr(settings))
     (tmp_path / "train.py").write_text(SCRIPT)
@@ -154,8 +168,9 @@ def joined(tmp_path: Path, *arguments: str, run_dir: Path) -> subprocess.Popen[s
 
 
 def test_the_command_becomes_the_worker(tmp_path: Path) -> None:
+    (tmp_path / "cluster.json").write_text('{"job_id": "digits-1"}')
     arguments = ("--join", LEAD, "--threads", "2", "train.py", "--threads", "9")
-    process = joined(tmp_path, *arguments, run_dir=tmp_path)
+    process = started(tmp_path, *arguments, run_dir=tmp_path)
     out, err = process.communicate(timeout=60)
     assert out.splitlines() == [
         f"asked {LEAD}",
@@ -174,17 +189,20 @@ def test_the_command_becomes_the_worker(tmp_path: Path) -> None:
 
 
 def test_the_command_becomes_a_worker_that_runs_a_module(tmp_path: Path) -> None:
-    process = joined(tmp_path, "--join", LEAD, "-m", "train", "-m", run_dir=tmp_path)
+    process = started(tmp_path, "--join", LEAD, "-m", "train", "-m", run_dir=tmp_path)
     out, _ = process.communicate(timeout=60)
     assert f"{process.pid} ['-m']" in out.splitlines()
     assert process.returncode == 75
 
 
-def test_a_run_directory_that_is_on_another_machine_is_not_used(tmp_path: Path) -> None:
-    process = joined(tmp_path, "--join", LEAD, "train.py", run_dir=tmp_path / "elsewhere")
-    out, _ = process.communicate(timeout=60)
-    assert "SHARDLINE_CLUSTER_RANK 3" in out
-    assert "SHARDLINE_JOB_RUN_DIR" not in out
+@pytest.mark.parametrize("cluster", [None, '{"job_id": "digits-2"}', '["digits-1"]', "{"], ids=repr)
+def test_a_folder_that_is_not_of_the_job_is_not_its_run_directory(
+    tmp_path: Path, cluster: str | None
+) -> None:
+    if cluster is not None:
+        (tmp_path / "cluster.json").write_text(cluster)
+    mine = described(lead(SETTINGS | {"SHARDLINE_JOB_RUN_DIR": str(tmp_path)}), own())
+    assert mine.job.run_dir == ""
 
 
 @pytest.mark.parametrize(
@@ -199,7 +217,7 @@ def test_a_run_directory_that_is_on_another_machine_is_not_used(tmp_path: Path) 
 def test_what_cannot_work_ends_before_anybody_is_asked(
     tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
-    process = joined(tmp_path, *arguments, run_dir=tmp_path)
+    process = started(tmp_path, *arguments, run_dir=tmp_path)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "")
     assert words in err

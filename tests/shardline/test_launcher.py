@@ -77,6 +77,43 @@ def test_the_script_gets_its_arguments_untouched(tmp_path: Path) -> None:
     assert f"[worker 0] {json.dumps(list(after))}" in out.splitlines()
 
 
+TRY_PORTS = """
+import socket
+wait_for(lambda: os.path.exists(os.path.join(run_dir, "cluster.json")))
+with open(os.path.join(run_dir, "cluster.json")) as file:
+    cluster = json.load(file)
+rendezvous = cluster["rendezvous"]
+own = os.environ["SHARDLINE_METRICS_PORT"]
+shards = [each["address"] for each in cluster["processes"] if each["role"] == "shard"]
+for address in [*shards, rendezvous, "127.0.0.1:" + own]:
+    try:
+        socket.create_server(("127.0.0.1", int(address.rpartition(":")[2])))
+        print("taken:", address)
+    except OSError:
+        print("held")
+port = int(rendezvous.rpartition(":")[2])
+socket.create_connection(("127.0.0.1", port), timeout=30).close()
+try:
+    socket.create_connection(("127.0.0.2", port), timeout=30)
+    print("beyond", rendezvous)
+except OSError:
+    print("nowhere else")
+end()
+"""
+
+
+def test_ports_are_held_until_they_are_used_and_the_rendezvous_is_for_this_machine(
+    tmp_path: Path,
+) -> None:
+    options = ("--workers", "2", "--shards", "2", "--stages", "2")
+    with launch(tmp_path, TRY_PORTS, *options) as run:
+        code, _, err = run.end()
+    assert code == 0, err
+    for rank in (0, 1):
+        log = (run.run_dir / f"worker-{rank}.log").read_text()
+        assert log.split("\n") == ["held"] * 4 + ["nowhere else", ""]
+
+
 def test_every_process_gets_its_own_place_ports_and_threads(tmp_path: Path) -> None:
     told = "print('ERROR' + json.dumps({k: v for k, v in os.environ.items() if 'SHARDLINE' in k"
     told += " or k == 'OMP_NUM_THREADS'}), flush=True); "

@@ -24,11 +24,11 @@ else:
     ("soft", "hard", "words"),
     [
         (200, 300, "200 300"),
-        (40, 300, "64 300"),
+        (40, 300, "84 300"),
         (
             40,
             50,
-            "a run of 10 processes needs about 64 open files in each, and this machine allows",
+            "a run of 10 processes needs about 84 open files in each, and this machine allows",
         ),
     ],
 )

@@ -1,10 +1,14 @@
+import asyncio
 import socket
 from pathlib import Path
 
 import pytest
 
-from ps_core.errors import ShardlineError
-from shardline.ports import candidates, ephemeral_range, free_ports
+from ps_core.errors import ConfigError, ShardlineError
+from ps_core.metrics import start_endpoint
+from ps_core.rpc import build_server, is_serving
+from ps_core.settings import RpcConfig
+from shardline.ports import candidates, ephemeral_range, free_ports, held_ports
 
 
 def test_ports_are_different_and_can_be_bound() -> None:
@@ -45,3 +49,31 @@ def test_too_few_free_ports_are_an_error() -> None:
         free_ports(3, free)
     with pytest.raises(ShardlineError, match="only 0 of 1 ports are free"):
         free_ports(1, [])
+
+
+def test_nothing_takes_a_held_port_but_a_process_that_it_is_held_for() -> None:
+    with held_ports(2) as ports:
+        for port in ports:
+            with pytest.raises(OSError, match="in use"):
+                socket.create_server(("127.0.0.1", port))
+            with pytest.raises(ConfigError, match="cannot listen on"):
+                asyncio.run(serve(port, shared=False))
+            with pytest.raises(ConfigError, match="cannot listen on"):
+                start_endpoint("127.0.0.1", port)
+        asyncio.run(serve(ports[0], shared=True))
+        endpoint = start_endpoint("127.0.0.1", ports[1], shared=True)
+        assert endpoint is not None
+        endpoint.close()
+        with pytest.raises(ShardlineError, match="only 0 of 1"):
+            free_ports(1, ports)
+    assert sorted(free_ports(2, ports)) == sorted(ports)
+
+
+async def serve(port: int, *, shared: bool) -> None:
+    """A server that can be reached, and that no other one can sit beside."""
+    server = build_server(f"127.0.0.1:{port}", [], RpcConfig(shared_ports=shared))
+    await server.start()
+    assert await asyncio.to_thread(is_serving, f"127.0.0.1:{port}", 10)
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        build_server(f"127.0.0.1:{port}", [], RpcConfig())
+    await server.drain(0)

@@ -14,6 +14,7 @@ import torch
 
 from allreduce.store import Keeper
 from ps_core.errors import EvictedError, JoinTimeoutError
+from ps_core.listening import listen
 from ps_core.settings import (
     AllReduceConfig,
     ClusterConfig,
@@ -33,7 +34,7 @@ def stages(
     replica: int = 0, count: int = 2, *, timeout_seconds: float = 60, join_seconds: float = 60
 ) -> Iterator[list[StageOfReplica]]:
     """Those of one of two replicas; they are not connected yet."""
-    keeper = Keeper("127.0.0.1", 0)
+    keeper = Keeper(listen("127.0.0.1:0"))
     config = Config(
         cluster=ClusterConfig(num_workers=2 * count, rendezvous=f"127.0.0.1:{keeper.port}"),
         pipeline=PipelineConfig(stages=count),

@@ -91,10 +91,11 @@ def test_cluster_json_says_who_takes_part() -> None:
     shard = ProcessSpec(ProcessId("shard", 0), ("s",), {}, "127.0.0.1:1", "http://x/metrics")
     worker = ProcessSpec(ProcessId("worker", 0), ("w",), {})
     processes = [Running(shard, 11), Running(worker, 12, num_restarts=2)]
-    document = run_directory.cluster("digits-3f2a91", NOW, processes)
+    document = run_directory.cluster("digits-3f2a91", NOW, "127.0.0.1:29500", processes)
     assert document == {
         "job_id": "digits-3f2a91",
         "started": "2026-11-21T09:01:02.700+00:00",
+        "rendezvous": "127.0.0.1:29500",
         "processes": [
             {
                 "role": "shard",
