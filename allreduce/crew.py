@@ -79,10 +79,10 @@ Finish = Callable[[], None]
 class Crew:
     """This worker among the members."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, incarnation: int) -> None:
         """Connects to the rendezvous. Raises JobFailedError."""
         self._config = config
-        self.rendezvous = Rendezvous(config, _device_name(device))
+        self.rendezvous = Rendezvous(config, _device_name(device), incarnation)
         self._num_stages = config.pipeline.stages
         self.agreed = Agreed(Passes(config.cluster.rank // self._num_stages))
         self._group: Group | None = None

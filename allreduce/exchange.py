@@ -44,6 +44,7 @@ from ps_core.exchange import (
     StateByParameter,
     Traffic,
     Work,
+    new_incarnation,
 )
 from ps_core.group_metrics import AllReduceMetrics
 from ps_core.job import describe_job
@@ -83,6 +84,7 @@ class AllReduceExchange:
         self._rank = config.cluster.rank
         self._num_stages = config.pipeline.stages
         self.traffic = Traffic()
+        self.incarnation = new_incarnation()
         self._crew: Crew | None = None
         self._granted: deque[Grant] = deque()
         self._has_warned = self._has_warned_of_batches = False
@@ -105,7 +107,7 @@ class AllReduceExchange:
         make = ShardedUpdater if self._config.allreduce.shard_optimizer else WholeUpdater
         self._updater: GroupUpdater = make(plan, buckets, optimizer, dtype)
         self._num_bytes = sum(b.layout.length * b.layout.dtype.itemsize for b in buckets)
-        crew = self._crew = Crew(self._config, self._device)
+        crew = self._crew = Crew(self._config, self._device, self.incarnation)
         self._agreed = crew.agreed
         crew.check_job(describe_job(self._config, plan, optimizer))
         crew.enter(Held(self._updater, buckets, extras))

@@ -8,7 +8,6 @@ has arrived by then is a member. All that decides is pure and above; below it me
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,7 +95,9 @@ def replica_of(rank: int, num_stages: int) -> range:
 class Rendezvous:
     """One worker's place in the generations of a job."""
 
-    def __init__(self, config: Config, device: str, replica: int | None = None) -> None:
+    def __init__(
+        self, config: Config, device: str, incarnation: int, replica: int | None = None
+    ) -> None:
         """Connects to the store. Raises JobFailedError when it cannot be reached. With a `replica`
         its stages meet, all of them in every generation; otherwise all workers.
         """
@@ -104,7 +105,7 @@ class Rendezvous:
         cluster = config.cluster
         self.host, port = split_address(cluster.rendezvous)
         self.own_host = own_address(self.host, port)
-        self.me = Member(cluster.rank, os.getpid(), secrets.token_hex(8), device)
+        self.me = Member(cluster.rank, os.getpid(), f"{incarnation:016x}", device)
         with self._reaching():
             wait_for_listener(self.host, port, config.rpc.connect_timeout_seconds)
             self._root = TCPStore(

@@ -8,6 +8,7 @@ class implements all four for each strategy.
 from __future__ import annotations
 
 import enum
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -156,6 +157,11 @@ class Grant:
     """The pass had ended before this worker came to it."""
 
 
+def new_incarnation() -> int:
+    """A number that no other process has."""
+    return secrets.randbits(63) + 1
+
+
 @dataclass(slots=True)
 class Traffic:
     """What a worker has sent and received since it joined, in bytes of gradients and parameters."""
@@ -192,6 +198,8 @@ class Exchange(Protocol):
     """Gradients in, parameters out. All calls come from the training thread."""
 
     traffic: Traffic
+    incarnation: int
+    """Tells this process apart from others of its rank, in all that is written of the job."""
 
     def join(
         self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: ReadExtras

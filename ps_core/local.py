@@ -18,6 +18,7 @@ from ps_core.exchange import (
     StateByParameter,
     Traffic,
     Work,
+    new_incarnation,
 )
 from ps_core.leases import LeaseBook, PassSpec
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
@@ -33,6 +34,7 @@ class LocalExchange:
 
     def __init__(self) -> None:
         self.traffic = Traffic()
+        self.incarnation = new_incarnation()
         self._leases = LeaseBook(striped=True)
         self._granted: deque[Grant] = deque()
         self._reading: tuple[int, PassSpec] | None = None

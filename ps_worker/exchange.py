@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -26,6 +25,7 @@ from ps_core.exchange import (
     StateByParameter,
     Traffic,
     Work,
+    new_incarnation,
 )
 from ps_core.heartbeat import Heartbeat
 from ps_core.job import describe_job
@@ -65,6 +65,7 @@ class ParameterServerExchange:
         self._clients: dict[int, ShardClient] = {}
         """By shard."""
         self.traffic = Traffic()
+        self.incarnation = new_incarnation()
         self._inbox = Inbox()
         self._heartbeat: Heartbeat | None = None
         self._lockstep = config.consistency.mode in ("sync", "local")
@@ -121,7 +122,7 @@ class ParameterServerExchange:
 
     def _make_clients(self) -> dict[int, ShardClient]:
         """One for each shard; a stage has its own ones, of which the first's include the lead."""
-        replica, incarnation = self._replica, secrets.randbits(63) + 1
+        replica, incarnation = self._replica, self.incarnation
         stage, num_stages = 0, 1
         if replica is not None:
             stage, num_stages = replica.stage, replica.num_stages

@@ -12,6 +12,7 @@ from allreduce.rendezvous import Rendezvous
 from allreduce.sharing import share_bytes
 from pipeline.group import PipelineGroup, connect, disconnect
 from ps_core.errors import EvictedError
+from ps_core.exchange import new_incarnation
 from ps_core.settings import Config
 
 
@@ -31,7 +32,9 @@ class StageOfReplica:
     def connect(self) -> None:
         """Blocks until all are there, within bounds. Raises JoinTimeoutError, JobFailedError."""
         config, timeout = self._config, self._config.allreduce.timeout_seconds
-        rendezvous = self._rendezvous = Rendezvous(config, self._device.type, self.index)
+        rendezvous = self._rendezvous = Rendezvous(
+            config, self._device.type, new_incarnation(), self.index
+        )
         rendezvous.meet()
         store, host = rendezvous.group_store(), rendezvous.own_host
         size = self.num_stages

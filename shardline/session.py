@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -176,8 +175,8 @@ class Session:
 
     def _open_journal(self) -> Journal:
         try:
-            rank, token = self.config.cluster.rank, secrets.token_hex(8)
-            return Journal(self._run_dir, rank, self.exchange.traffic, token)
+            rank, incarnation = self.config.cluster.rank, str(self.exchange.incarnation)
+            return Journal(self._run_dir, rank, self.exchange.traffic, incarnation)
         except OSError as error:
             raise ConfigError(
                 f"cannot write to the run directory {self._run_dir} ({error.strerror}): set "

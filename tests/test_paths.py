@@ -34,6 +34,7 @@ from allreduce.group import Group
 from ps_core.config import load
 from ps_core.errors import ConfigError
 from shardline import staging
+from shardline.ports import free_ports
 from shardline.session import Session
 from shardline.strategies import check_strategy
 from tests.allreduce.replicas import Alone, Member, spec_of
@@ -370,6 +371,18 @@ def test_a_path_trains_as_one_process_does(
     case: dict[str, Any] = {"optimizer": optimizer, "num_samples": NUM_SAMPLES, "num_passes": 2}
     results = run(cluster, train, strategy, layout, **case)
     assert_like_plain(results, layout, plain(replicas=layout.replicas, num_accumulated=1, **case))
+
+
+@pytest.mark.parametrize("strategy", ["all-reduce", "shards"])
+def test_stages_and_replicas_may_meet_at_the_worker_of_rank_0(
+    cluster: Cluster, strategy: str
+) -> None:
+    [port] = free_ports(1)
+    settings = {"RENDEZVOUS": f"127.0.0.1:{port}", "SERVE_RENDEZVOUS": "true"}
+    environ = {f"SHARDLINE_CLUSTER_{key}": value for key, value in settings.items()}
+    case: dict[str, Any] = {"optimizer": "SGD", "num_samples": NUM_SAMPLES, "num_passes": 2}
+    results = run(cluster, train, strategy, GRID["1f1b"], environ, **case)
+    assert_like_plain(results, GRID["1f1b"], plain(replicas=2, num_accumulated=1, **case))
 
 
 @pytest.mark.parametrize(

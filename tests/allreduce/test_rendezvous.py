@@ -22,6 +22,7 @@ from ps_core.errors import (
     JobOverError,
     JoinTimeoutError,
 )
+from ps_core.exchange import new_incarnation
 from ps_core.listening import listen
 from tests.allreduce.together import (
     PATIENCE_SECONDS,
@@ -57,7 +58,7 @@ class Meeting:
             **settings,
         }
         environ = {f"SHARDLINE_{key.replace('.', '_').upper()}": str(v) for key, v in keys.items()}
-        made = Rendezvous(load(environ=environ), f"device of {rank}", replica)
+        made = Rendezvous(load(environ=environ), f"device of {rank}", new_incarnation(), replica)
         self._stack.callback(made.close)
         return made
 

@@ -39,7 +39,7 @@ def members(keeper: Keeper, num_workers: int) -> list[Rendezvous]:
             "MEMBERSHIP_HEARTBEAT_SECONDS": 0.05,
         }
         environ = {f"SHARDLINE_{key}": str(value) for key, value in keys.items()}
-        made.append(Rendezvous(load(environ=environ), "cpu"))
+        made.append(Rendezvous(load(environ=environ), "cpu", incarnation=rank + 1))
     together(*(each.meet for each in made))
     return made
 
