@@ -8,6 +8,7 @@ is agreed on besides.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from ps_core.v1 import shard_pb2
 
 _GUEST_SECONDS = 0.25
 """Between two looks for somebody who waits to be let in."""
+_HOLD_SHARE = 0.75
+"""Of `worker.grace_seconds`; in the rest the values are handed over."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +290,22 @@ class Crew:
             return False
         self._looked_at = now
         return self.rendezvous.has_guest()
+
+    def await_guest(self) -> bool:
+        """Wait for somebody who takes over what this worker holds, which no member does any more,
+        for most of the time that it has left. False: nobody has come.
+        """
+        seconds = _HOLD_SHARE * self._config.worker.grace_seconds
+        log.warning("all workers were told to end: waiting %g s for one to take over", seconds)
+        deadline = time.monotonic() + seconds
+        while not self.rendezvous.has_guest():
+            if self.rendezvous.failure():
+                return False
+            if time.monotonic() > deadline:
+                log.warning("no worker has come: the job's parameters go with this one")
+                return False
+            time.sleep(_GUEST_SECONDS)
+        return True
 
     def drop(self) -> None:
         """Leave the group, which the others notice at once. Idempotent."""

@@ -88,6 +88,7 @@ class AllReduceExchange:
         self._crew: Crew | None = None
         self._granted: deque[Grant] = deque()
         self._has_warned = self._has_warned_of_batches = False
+        self._is_updating = False
         self._metrics = AllReduceMetrics(self._rank)
         self._chronicle = Chronicle(config.job.run_dir, self._rank)
 
@@ -165,6 +166,10 @@ class AllReduceExchange:
         version = self._agreed.version
         return Outcome(version, version, applied, staleness=0)
 
+    def held_versions(self) -> tuple[int, int]:
+        """That of the last round, unless the update of the next was broken off."""
+        return self._agreed.version, self._agreed.version + self._is_updating
+
     def close(self, farewell: Farewell = Farewell.FINISHED, failure: str = "") -> None:
         """Leave the job. Idempotent; blocks for a bounded time."""
         crew, self._crew = self._crew, None
@@ -186,9 +191,22 @@ class AllReduceExchange:
         if farewell is Farewell.PREEMPTED and self._num_stages == 1:
             self._crew = crew
             with contextlib.suppress(ShardlineError):  # it goes whatever has become of the others
-                self._take_part(Record(Call.LEAVE, self._agreed.version))
+                self._hand_over()
             self._crew = None
         crew.rendezvous.leave()
+
+    def _hand_over(self) -> None:
+        """Leave the job's values with the others. When all leave at once, the first of them waits
+        until a worker has come that takes them over.
+        """
+        while True:
+            table = self._take_part(Record(Call.LEAVE, self._agreed.version))
+            others = [rank for rank in table.rows if rank != self._rank]
+            if len(table.leavers) < len(table.rows) or min(others, default=self._rank) < self._rank:
+                return
+            if not self._joined.await_guest():
+                return
+            self._form_again(None, others)
 
     # -- Rounds ------------------------------------------------------------------------------------
 
@@ -243,6 +261,7 @@ class AllReduceExchange:
 
     def _form_again(self, finish: Finish | None, leavers: Sequence[int] = ()) -> bool:
         is_completed = self._joined.form_again(finish, leavers)
+        self._is_updating = False
         self._count_formed(leavers)
         return is_completed
 
@@ -269,8 +288,10 @@ class AllReduceExchange:
             self._apply(groups)
 
     def _apply(self, groups: Sequence[Hyperparameters]) -> None:
-        """Make the update that all is there for."""
+        """Make the update that all is there for; a sharded optimizer needs the others in it."""
+        self._is_updating = True
         self._updater.update(groups)
+        self._is_updating = False
         for bucket in self._buckets:
             bucket.accept()
 

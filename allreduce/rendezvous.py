@@ -226,7 +226,9 @@ class Rendezvous:
         if all(each.rank in broken for each in expected):
             raise DataLossError(
                 "no worker is left that has the job's parameters, or no replica of the model with "
-                "all its stages: start the job again, from a checkpoint if the script writes any"
+                "all its stages: start the job again, from a checkpoint if the script writes any. "
+                "When all workers are told to end at once, another must come within "
+                "worker.grace_seconds"
             )
         if self.me not in expected or missing(expected, arrived, gone):
             return False

@@ -75,6 +75,10 @@ class Keeper:
         lines = (f"{name}={value}" for name, value in settings.items())
         self._store.set("settings", "\n".join(lines))
 
+    def interrupt(self) -> None:
+        """The run ends: no worker need wait for another to come."""
+        self._store.compare_set("failed", "", "the run was interrupted")
+
     @property
     def has_failed(self) -> bool:
         """A worker has said that the job has failed for everybody."""

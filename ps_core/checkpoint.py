@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -14,6 +13,7 @@ from typing import Final
 import torch
 from torch import nn
 
+from ps_core.model_files import temporary
 from ps_core.tensors import bytes_of, memory_of
 
 _DTYPES: Final = {
@@ -97,10 +97,10 @@ def write_tensors(
     """Write contiguous `tensors` of the host one after the other, under the names of `like`, which
     has their types and shapes. None of them is needed any more once the next is asked for.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    part = temporary(path)
     unsynced_bytes = 0
     try:
-        with temporary.open("wb") as file:
+        with part.open("wb") as file:
             file.write(_header(like, metadata))
             for tensor in tensors:
                 file.write(bytes_of(tensor))
@@ -111,16 +111,10 @@ def write_tensors(
                     os.fsync(file.fileno())
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        part.replace(path)
         _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_unfinished(path: Path) -> None:
-    """Remove what writers of `path` have left that died of it. Call it when none is at work."""
-    for temporary in path.parent.glob(f".{path.name}.*"):
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def _header(like: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:

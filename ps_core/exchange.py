@@ -227,6 +227,12 @@ class Exchange(Protocol):
         """
         ...
 
+    def held_versions(self) -> tuple[int, int]:
+        """The lowest and the highest version that some of the model's parameters have. They are one
+        unless a step was broken off, or in modes without common steps.
+        """
+        ...
+
     def close(self, farewell: Farewell = Farewell.FINISHED, failure: str = "") -> None:
         """Leave the job, and say why. Idempotent; blocks for a bounded time."""
         ...

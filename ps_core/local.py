@@ -38,6 +38,7 @@ class LocalExchange:
         self._leases = LeaseBook(striped=True)
         self._granted: deque[Grant] = deque()
         self._reading: tuple[int, PassSpec] | None = None
+        self._version = 0
 
     def join(
         self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: ReadExtras
@@ -63,7 +64,12 @@ class LocalExchange:
             for bucket in self._buckets:
                 bucket.accept()
         self._leases.settle(_ALONE)
+        self._version = step + 1
         return Outcome(step + 1, version=step + 1, applied=not self._abstains, staleness=0)
+
+    def held_versions(self) -> tuple[int, int]:
+        """That of the last step."""
+        return self._version, self._version
 
     def close(self, farewell: Farewell = Farewell.FINISHED, failure: str = "") -> None:
         """Nothing to leave."""

@@ -72,6 +72,8 @@ class ParameterServerExchange:
         self._epoch = 0
         self._versions: dict[int, int] = {}
         """Of each part held."""
+        self._computed_with: tuple[int, int] = (0, 0)
+        """The lowest and the highest version of the parts that the model last took over."""
         self._base: dict[int, int] = {}
         """The versions that the open step's gradients were computed from."""
         self._sent: dict[int, list[tuple[int | None, shard_pb2.ExchangeRequest | Frame]]] = {}
@@ -210,8 +212,19 @@ class ParameterServerExchange:
     def _take_over(self) -> None:
         """All parts are here: the model computes with them from now on."""
         self.traffic.pulled_bytes += sum(part.num_bytes for part in self._own_parts)
+        self._computed_with = self._received_versions()
         for bucket in self._buckets.values():
             bucket.upload()
+
+    def _received_versions(self) -> tuple[int, int]:
+        versions = self._versions.values()
+        return min(versions, default=0), max(versions, default=0)
+
+    def held_versions(self) -> tuple[int, int]:
+        """On the host, answers are written into the model as they arrive."""
+        buckets = self._buckets.values()
+        arrive_in_model = all(each.host_parameters is each.parameters for each in buckets)
+        return self._received_versions() if arrive_in_model else self._computed_with
 
     def close(self, farewell: Farewell = Farewell.FINISHED, failure: str = "") -> None:
         """Leave the lead last, since its shards stop once every worker has left. Idempotent."""
