@@ -56,6 +56,8 @@ class Attendance:
         """In this body, those that the script calls for between passes."""
         self._is_reading = False
         """The script is in a pass."""
+        self.is_chosen = False
+        """As of the last meeting: this worker's buffers count, and it writes the model."""
         self.num_ends = 0
         """How often a pass has ended: leases that were granted before are void."""
 
@@ -178,6 +180,7 @@ class Attendance:
         meeting = self._peers.meet(
             Arrival(purpose, step, tuple(values), weight, takes_leases, self._next_point(purpose))
         )
+        self.is_chosen = meeting.chosen
         if self._optimizer:
             self._optimizer.next_step = meeting.step
         return meeting

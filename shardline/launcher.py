@@ -215,6 +215,8 @@ class _Run:
         while self._signals:
             number = self._signals.pop(0)
             self._screen.note(report.interruption(number, self._supervisor))
+            if self._keeper is not None:
+                self._keeper.interrupt()
             self._supervisor.interrupt(number, now)
         ended = self._newly_ended()
         # After the processes were looked at: the last record of one that has ended is in the file.
@@ -275,7 +277,9 @@ class _Run:
         totals, code = self._progress.totals(), self._supervisor.exit_code()
         balance = self._balance()
         counts = self._supervisor.num_restarts, self._supervisor.num_preemptions
-        self._write_results(totals, balance, Outcome(wall_seconds, code, *counts))
+        self._directory.remove_unfinished()
+        outcome = Outcome(wall_seconds, code, *counts, self._directory.model_state())
+        self._write_results(totals, balance, outcome)
         if totals.steps or code == 0:
             self._screen.table(report.rows(totals, balance, wall_seconds, self._directory))
         say(
@@ -304,8 +308,7 @@ class _Run:
         document = run_directory.summary(self._launch, totals, balance, outcome)
         try:
             self._directory.write_json("summary.json", document)
-            if self._supervisor.interrupted is None:
-                self._draw()
+            self._draw()
         except (ConfigError, OSError) as exc:
             self._screen.note(f"the results are not complete: {exc}")
 

@@ -1,5 +1,5 @@
 """`model.safetensors`: one worker writes it once training is complete, and the job is complete once
-it is written.
+it is written. `interrupted.safetensors`: what there is when training ends before.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ps_core.checkpoint import remove_unfinished, write_model
+from ps_core.checkpoint import write_model
 from ps_core.errors import (
     DataLossError,
+    EvictedError,
     JobFailedError,
+    JobOverError,
     ResultError,
     ShardlineError,
     ShardUnreachableError,
 )
 from ps_core.exchange import Farewell, Meeting
+from ps_core.model_files import COMPLETE, INTERRUPTED, RESCUED, remove_unfinished
 
 if TYPE_CHECKING:
     from shardline.staging import Staging
@@ -28,6 +31,7 @@ Meet = Callable[[Sequence[float]], Meeting]
 """Waits for all workers, at the end of the job, with numbers to average."""
 
 _OTHERS_ARE_LOST: Final = (ShardUnreachableError, JobFailedError, DataLossError)
+_OTHERS_HAVE_MORE: Final = (EvictedError, JobOverError)
 
 
 class ModelFile:
@@ -39,7 +43,7 @@ class ModelFile:
         """Without `run_dir` this worker has no place for it. `wait_is_bounded`: the others give up
         a worker that they have not heard of for a while.
         """
-        self.path = run_dir / "model.safetensors" if run_dir else None
+        self.path = run_dir / COMPLETE if run_dir else None
         self._staging = staging
         self._wait_is_bounded = wait_is_bounded
         self._has_written = False
@@ -69,7 +73,28 @@ class ModelFile:
             self._end_without_others(model, error, can_write=can_write)
         if self._has_written and self.path is not None:
             remove_unfinished(self.path)  # all that live are at the same point: none is at work
+            _rescued(self.path).unlink(missing_ok=True)
         return Farewell.FINISHED
+
+    def rescue(
+        self, model: torch.nn.Module, versions: tuple[int, int], error: BaseException
+    ) -> None:
+        """Training ends with `error` before it is complete: keep what there is, whose parameters
+        have these versions, the lowest and the highest. It replaces no model that is complete.
+
+        Not with --stages, where no worker has the whole model, and the others may be gone.
+        """
+        is_useless = isinstance(error, (*_OTHERS_HAVE_MORE, ResultError)) or not versions[1]
+        if self.path is None or self._staging or self._has_written or is_useless:
+            return
+        path, first, last = _rescued(self.path), *versions
+        when = f"at version {first}" if first == last else f"between versions {first} and {last}"
+        try:
+            write_model(model, path, more={INTERRUPTED: when})
+        except Exception as failure:  # noqa: BLE001 - `error` is what the process ends with
+            _say(f"the model {when} cannot be written to {path}: {_told(failure)}")
+        else:
+            _say(f"training is not complete: the model {when} is in {path}")
 
     def _has_place(self) -> bool:
         """Whether this worker can write, the same on all stages of a replica: the first writes."""
@@ -88,7 +113,7 @@ class ModelFile:
             return
         if self._staging is not None:
             raise error
-        sys.stderr.write(f"shardline: training is complete, and then: {error}\n")
+        _say(f"training is complete, and then: {error}")
         self._write(model, None)
 
     def _write(self, model: torch.nn.Module, sign: Callable[[], Meeting] | None) -> None:
@@ -111,6 +136,14 @@ def _is_settled(meeting: Meeting) -> bool:
         return True
     written, can_write = meeting.means
     return bool(written) or not can_write
+
+
+def _rescued(path: Path) -> Path:
+    return path.with_name(RESCUED)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"shardline: {text}\n")
 
 
 def _told(error: Exception) -> str:

@@ -68,7 +68,8 @@ def rows(
     totals: Totals, balance: Balance, wall_seconds: float, directory: RunDirectory
 ) -> list[Row]:
     """The summary that people read."""
-    model = directory.model()
+    model, state = directory.model(), directory.model_state()
+    note = f" ({state})" if state != "final" and state else ""
     return [
         *named({**totals.values, **totals.reported}),
         ("steps", f"{totals.steps:,}"),
@@ -78,7 +79,7 @@ def rows(
         ("pulled", size(totals.pulled_bytes)),
         *([("samples lost / repeated / in part", _samples(balance))] if balance.passes else []),
         ("run directory", short(directory.path)),
-        *([("model", short(model))] if model else []),
+        *([("model", short(model) + note)] if model else []),
     ]
 
 

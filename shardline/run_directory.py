@@ -13,6 +13,13 @@ from typing import IO, Final
 
 from ps_core import __version__
 from ps_core.errors import ConfigError
+from ps_core.model_files import (
+    COMPLETE,
+    INTERRUPTED,
+    RESCUED,
+    read_metadata,
+    remove_unfinished,
+)
 from shardline.ledger import Balance, Ledger
 from shardline.local_plan import Launch
 from shardline.processes import ProcessSpec
@@ -71,9 +78,23 @@ class RunDirectory:
             raise _unusable(self.path, exc) from exc
 
     def model(self) -> Path | None:
-        """The newest model that the run wrote."""
+        """The model that the run has trained to the end, or the newest one that it wrote."""
+        if (complete := self.path / COMPLETE).exists():
+            return complete
         found = sorted(self.path.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
         return found[-1] if found else None
+
+    def model_state(self) -> str | None:
+        """`final`, or `interrupted at version 17`; None without a model."""
+        if (self.path / COMPLETE).exists():
+            return "final"
+        when = read_metadata(self.path / RESCUED).get(INTERRUPTED)
+        return f"interrupted {when}" if when else None
+
+    def remove_unfinished(self) -> None:
+        """Remove what was left of models in whose middle their writers died. Call it at the end."""
+        for name in (COMPLETE, RESCUED):
+            remove_unfinished(self.path / name)
 
 
 def create(given: str, name: str, now: float) -> RunDirectory:
@@ -170,6 +191,7 @@ class Outcome:
     exit_code: int
     num_restarts: int = 0
     num_preemptions: int = 0
+    model: str | None = None  # as in RunDirectory.model_state
 
 
 def summary(
@@ -193,6 +215,7 @@ def summary(
         **asdict(balance),
         "versions": versions(),
         "reported": totals.reported,
+        "model": outcome.model,
         "exit_code": outcome.exit_code,
     }
 

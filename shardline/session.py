@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.utils.data import Dataset
@@ -88,7 +88,27 @@ def connect(config: Path | str | None = None) -> Session:
         settings = load(file=Path(config) if config else None)
         check_addresses(settings)
         check_strategy(settings)
+        _check_is_first(settings)
         return Session(settings)
+
+
+_jobs: Final[set[str]] = set()
+"""Those that this process has connected to."""
+
+
+def _check_is_first(config: Config) -> None:
+    """A worker's process takes part in a job once: the others would wait for what they have had."""
+    if config.strategy == "alone":
+        return
+    cluster = config.cluster
+    job = f"{config.job.id} {cluster.rendezvous} {cluster.shards} {cluster.attempt}"
+    if job in _jobs:
+        raise UsageError(
+            "shardline.connect() was called twice: the workers of a run train one model. For "
+            "several, such as one for each fold of the data, start a `shardline run` for each, and "
+            "give the script the number of the fold as an argument"
+        )
+    _jobs.add(job)
 
 
 @contextlib.contextmanager
@@ -115,7 +135,8 @@ class Session:
     Leaving the `with` block well waits for all workers, then the chosen one writes the model. An
     exception in the block takes this worker out of the job, which goes on without it, unless every
     worker would fail like this: wrong usage, a mismatch and gradients that are not finite fail the
-    job for everybody. A ShardlineError that nobody catches inside the block ends the process with
+    job for everybody. What training has come to is then written to `interrupted.safetensors`. A
+    ShardlineError that nobody catches inside the block ends the process with
     its exit code.
     """
 
@@ -157,6 +178,7 @@ class Session:
         self._notices = Notices(_say, speaks=config.cluster.rank == 0)
         self._requests = Requests(self._leases)
         self._num_loaders = 0
+        self._is_open = False
         self._start = Start(0, chosen=True)
         self._optimizer: ExchangeOptimizer | None = None
         self._reported: dict[str, Kept] = {}
@@ -201,6 +223,7 @@ class Session:
         UsageError for what cannot run on shards, MismatchError when workers disagree,
         ShardUnreachableError.
         """
+        self._check_is_open("optimizer")
         if self._model is not None:
             raise UsageError("session.optimizer was called twice: a session trains one model")
         spec = job_spec(optimizer, max_grad_norm, self.config.consistency)
@@ -221,6 +244,7 @@ class Session:
         part_ways(self.rank)
         self._optimizer = self._wrap(optimizer, plan, buckets, spec, max_grad_norm)
         self._attendance.bind(self.exchange, self._optimizer)
+        self._attendance.is_chosen = start.chosen
         self._journal.joined()
         if self._run_dir is None:
             self._notices.once(_NOTHING_IS_KEPT)
@@ -381,6 +405,7 @@ class Session:
         create and iterate the same loaders in the same order: for evaluation on one worker use a
         plain DataLoader. Raises UsageError.
         """
+        self._check_is_open("loader")
         if global_batch_size and self.config.consistency.mode != "sync":
             raise UsageError(
                 "global_batch_size needs mode sync: in the other modes workers take no steps "
@@ -438,7 +463,17 @@ class Session:
 
     # -- The block ---------------------------------------------------------------------------------
 
+    def _check_is_open(self, call: str) -> None:
+        """Leaving the block ends the job and writes the model: nothing is trained outside of it."""
+        if not self._is_open:
+            raise UsageError(
+                f"session.{call}(…) was called outside of the session's block: write `with "
+                "shardline.connect() as session:` and train inside, since the model is written "
+                "where the block ends"
+            )
+
     def __enter__(self) -> Session:
+        self._is_open = True
         if not self._is_alone:
             self._preemption.listen()
         return self
@@ -449,14 +484,15 @@ class Session:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._is_open = False
         with _exit_on_error():
             try:
                 if error is None or (isinstance(error, SystemExit) and not error.code):
                     self._finish()
                 else:
-                    self.exchange.close(farewell(error), reason(error))
+                    self._break_off(error)
             except BaseException as failure:
-                self.exchange.close(farewell(failure), reason(failure))
+                self._break_off(failure)
                 raise
             finally:
                 if self._staging is not None:
@@ -472,6 +508,13 @@ class Session:
                     self._endpoint.close()
             if isinstance(error, ShardlineError):
                 raise error
+
+    def _break_off(self, error: BaseException) -> None:
+        """Leave the others first, who go on or end, and then keep what training has come to."""
+        self.exchange.close(farewell(error), reason(error))
+        if self._optimizer is not None and self._attendance.is_chosen:
+            assert self._model is not None, "they come together"
+            self._model_file.rescue(self._model, self.exchange.held_versions(), error)
 
     def _finish(self) -> None:
         farewell = Farewell.FINISHED

@@ -433,12 +433,13 @@ signal.signal(signal.SIGTERM, stop)
 mark(name)
 time.sleep(60)
 """
-    worker = 'name = f"worker-{rank}"' + stays
+    worker = 'step(1, loss=0.5); name = f"worker-{rank}"' + stays
     with launch(tmp_path, worker, shard="name = 'shard-0'" + stays) as run:
         ready(run, "worker-0", "worker-1", "shard-0")
         interrupt(run)
         code, out, err = run.end()
     assert code == 130
+    assert (run.run_dir / "training.png").exists()
     assert "SIGINT: ending the run" in out
     assert err.startswith("shardline run: interrupted by SIGINT after ")
     order = (run.run_dir / "order").read_text().split()

@@ -14,8 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from ps_core import checkpoint
-from ps_core.errors import JobFailedError, Preempted, ResultError, ShardUnreachableError
+from ps_core.errors import (
+    EvictedError,
+    JobFailedError,
+    JobOverError,
+    Preempted,
+    ResultError,
+    ShardUnreachableError,
+)
 from ps_core.exchange import Farewell, Meeting
+from ps_core.model_files import read_metadata
 from shardline.model_file import ModelFile
 
 Numbers = Sequence[float]
@@ -122,6 +130,66 @@ def test_a_long_write_shows_the_others_that_the_writer_lives(
     model_file(tmp_path, wait_is_bounded=is_bounded).settle(model, meet)
     assert brought == [[0, 1], *([[0, 1]] * 2 if is_bounded else []), [1, 1]]
     check(tmp_path, model)
+
+
+# -- Training that ends before ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("versions", "when"), [((7, 7), "at version 7"), ((7, 8), "between versions 7 and 8")]
+)
+def test_what_training_has_come_to_is_kept_under_another_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], versions: tuple[int, int], when: str
+) -> None:
+    model, path = torch.nn.Linear(2, 3), tmp_path / "interrupted.safetensors"
+    model_file(tmp_path).rescue(model, versions, Preempted())
+    assert torch.equal(load_file(path)["weight"], model.weight)
+    assert read_metadata(path)["interrupted"] == when
+    said = f"shardline: training is not complete: the model {when} is in {path}\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("versions", "error"),
+    [
+        ((0, 0), Preempted()),
+        ((7, 7), EvictedError("the others have gone on")),
+        ((7, 7), JobOverError("the job is complete")),
+        ((7, 7), ResultError("no room")),
+    ],
+)
+def test_nothing_is_kept_where_others_have_more_or_there_is_nothing(
+    tmp_path: Path, versions: tuple[int, int], error: BaseException
+) -> None:
+    model_file(tmp_path).rescue(torch.nn.Linear(2, 3), versions, error)
+    model_file(None).rescue(torch.nn.Linear(2, 3), (7, 7), Preempted())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_has_written_the_model_keeps_no_other(tmp_path: Path) -> None:
+    model, file = torch.nn.Linear(2, 3), model_file(tmp_path)
+    _, meet = meetings((0, 1), EvictedError("it was silent"))
+    with pytest.raises(EvictedError):
+        file.settle(model, meet)
+    file.rescue(model, (7, 7), JobFailedError("shard 0 is gone"))
+    check(tmp_path, model)
+
+
+def test_a_model_that_is_complete_replaces_one_that_is_not(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 3)
+    model_file(tmp_path).rescue(model, (7, 7), Preempted())
+    _, meet = meetings((0, 1), (0, 1))
+    model_file(tmp_path).settle(model, meet)
+    check(tmp_path, model)
+
+
+def test_there_may_be_no_room_for_what_training_has_come_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_file(tmp_path / "gone").rescue(torch.nn.Linear(2, 3), (7, 7), Preempted())
+    said = capsys.readouterr().err
+    assert said.startswith("shardline: the model at version 7 cannot be written to ")
+    assert said.endswith(": No such file or directory\n")
 
 
 # -- Failures --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from ps_core.errors import ConfigError
 from ps_core.settings import ClusterConfig, Config
@@ -123,7 +124,7 @@ def test_summary_json_says_what_was_done_and_with_what() -> None:
     launch = Launch(Program(NAME), 2, Config(cluster=ClusterConfig(num_workers=4)))
     totals = Totals(12, 12, 384, 1000.5, 10, 20, {"accuracy": 0.98}, {"loss": 0.1})
     balance = Balance(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
-    document = run_directory.summary(launch, totals, balance, Outcome(12.3456, 1, 11, 12))
+    document = run_directory.summary(launch, totals, balance, Outcome(12.3456, 1, 11, 12, "final"))
     versions = document.pop("versions")
     assert document == {
         "strategy": "parameter-server",
@@ -150,6 +151,7 @@ def test_summary_json_says_what_was_done_and_with_what() -> None:
         "evictions": 9,
         "malformed_ledger_lines": 10,
         "reported": {"accuracy": 0.98},
+        "model": "final",
         "exit_code": 1,
     }
     assert isinstance(versions, dict)
@@ -184,3 +186,21 @@ def test_the_newest_model_is_found(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
         os.utime(tmp_path / name, (100 - age, 100 - age))
     assert directory.model() == tmp_path / "b.safetensors"
+
+
+def test_the_complete_model_comes_before_one_that_was_interrupted(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    assert (directory.model(), directory.model_state()) == (None, None)
+    complete, rescued = tmp_path / "model.safetensors", tmp_path / "interrupted.safetensors"
+    save_file({}, rescued, {"interrupted": "at version 17"})
+    assert (directory.model(), directory.model_state()) == (rescued, "interrupted at version 17")
+    save_file({}, complete)
+    os.utime(complete, (1, 1))
+    assert (directory.model(), directory.model_state()) == (complete, "final")
+
+
+def test_what_dead_writers_have_left_is_removed(tmp_path: Path) -> None:
+    for name in (".model.safetensors.0123", ".interrupted.safetensors.4567", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    RunDirectory(tmp_path).remove_unfinished()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
