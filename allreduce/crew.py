@@ -17,6 +17,7 @@ import torch
 
 from allreduce import record as records
 from allreduce import state
+from allreduce.extras import share_extras
 from allreduce.group import Gathering, Group, PeerLostError, Wiring
 from allreduce.passes import Passes
 from allreduce.record import Record
@@ -27,7 +28,8 @@ from allreduce.whole import GroupUpdater
 from ps_core import codec
 from ps_core.buckets import Bucket
 from ps_core.errors import DataLossError, JobFailedError, MismatchError
-from ps_core.exchange import ReadExtras, StateByParameter
+from ps_core.exchange import StateByParameter
+from ps_core.extras import Extras
 from ps_core.job import Job, check_plan, first_difference
 from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
@@ -45,7 +47,7 @@ class Held:
 
     updater: GroupUpdater
     buckets: Sequence[Bucket]
-    extras: ReadExtras
+    extras: Extras
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,11 @@ class Crew:
         own = self.written_state or {}
         updater.write_state(_by_parameter(share_tensors(self._group, source, _by_name(own))))
         self.written_state = None
+
+    def share_extras(self) -> None:
+        """All take over those of the lowest rank. Raises PeerLostError."""
+        assert self._group is not None
+        share_extras(self._group, 0, self._held.extras)
 
     def share_numbers(self, of: int, numbers: Sequence[float]) -> list[float]:
         """The numbers of one replica, as many as of all others. Raises PeerLostError."""
@@ -274,10 +281,8 @@ class Crew:
         shared = share_tensors(group, source, _by_name(kept))
         if shared and (self.has_received or self._kept_state is not None):
             held.updater.write_state(_by_parameter(shared))
-        own = held.extras()
-        extras = share_tensors(group, source, own)
-        if self.has_received:
-            _copy_extras(own, extras)
+        takes = self.has_received
+        share_extras(group, source, held.extras, takes=takes, joins=self._is_new)
 
     # -- Around it ---------------------------------------------------------------------------------
 
@@ -328,21 +333,6 @@ def _by_parameter(by_name: Mapping[str, torch.Tensor]) -> dict[int, dict[str, to
         index, _, key = name.partition("/")
         by_parameter.setdefault(int(index), {})[key] = tensor
     return by_parameter
-
-
-@torch.no_grad()
-def _copy_extras(own: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
-    if differ := sorted({name for name, *_ in _kinds(own) ^ _kinds(theirs)}):
-        raise MismatchError(
-            f"this worker's model and the others' differ in {differ}: build the same model on "
-            "every worker"
-        )
-    for name, tensor in own.items():
-        tensor.copy_(theirs[name])
-
-
-def _kinds(tensors: Mapping[str, torch.Tensor]) -> set[tuple[str, torch.dtype, torch.Size]]:
-    return {(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def _device_name(device: torch.device) -> str:

@@ -31,6 +31,7 @@ from allreduce.wire import DTYPES
 from ps_core.buckets import Bucket
 from ps_core.errors import JobOverError, ShardlineError
 from ps_core.exchange import (
+    HANDS_OVER,
     UNEQUAL_BATCHES,
     Arrival,
     Farewell,
@@ -39,13 +40,13 @@ from ps_core.exchange import (
     Outcome,
     Position,
     Purpose,
-    ReadExtras,
     Start,
     StateByParameter,
     Traffic,
     Work,
     new_incarnation,
 )
+from ps_core.extras import Extras
 from ps_core.group_metrics import AllReduceMetrics
 from ps_core.job import describe_job
 from ps_core.leases import PassSpec
@@ -89,13 +90,15 @@ class AllReduceExchange:
         self._granted: deque[Grant] = deque()
         self._has_warned = self._has_warned_of_batches = False
         self._is_updating = False
+        self._extras_are_final = False
+        """Training is complete, and all hold the same."""
         self._metrics = AllReduceMetrics(self._rank)
         self._chronicle = Chronicle(config.job.run_dir, self._rank)
 
     # -- Exchange ----------------------------------------------------------------------------------
 
     def join(
-        self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: ReadExtras
+        self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: Extras
     ) -> Start:
         """Enter the group and take its values. Blocks until all workers have come, or until the
         others let this one in between two of their steps.
@@ -275,6 +278,8 @@ class AllReduceExchange:
         """All that a round does with tensors, before it counts. Raises PeerLostError."""
         if table.writer is not None:
             self._joined.share_state(table.writer)
+        if table.hands_over:
+            self._joined.share_extras()
         if table.has_step and table.total:
             started = time.perf_counter()
             self._note_unequal(table)
@@ -371,6 +376,8 @@ class AllReduceExchange:
         if past is not None:
             is_first = self._joined.is_first
             return Meeting(agreed.version, past, is_first, is_past=True)
+        hands_over = arrival.purpose in HANDS_OVER and not self._extras_are_final
+        arrival = replace(arrival, hands_over=hands_over)
         while True:
             has_state = self._joined.written_state is not None
             record = records.of_arrival(agreed.version, arrival, has_state=has_state)
@@ -386,6 +393,7 @@ class AllReduceExchange:
             grant = agreed.passes.more() if agreed.goes_on and arrival.takes_leases else None
             if grant is not None or not agreed.goes_on:
                 break
+        self._extras_are_final |= arrival.purpose is Purpose.CLOSE
         return Meeting(agreed.version, table.means(), self._joined.is_first, grant)
 
     # -- DataLeases --------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ class Record:
     """What its samples are."""
     given_weight: float | None = None
     """Of its gradients, where that is not the number of samples."""
+    hands_over: bool = False
+    """All take over the extras of the lowest rank."""
 
     @property
     def gradient_weight(self) -> float:
@@ -102,6 +104,7 @@ class Record:
             self.weight,
             self.takes_leases,
             self.point,
+            self.hands_over,
         )
 
 
@@ -138,6 +141,7 @@ def of_arrival(version: int, arrival: Arrival, *, has_state: bool) -> Record:
         takes_leases=arrival.takes_leases,
         point=arrival.point,
         has_state=has_state,
+        hands_over=arrival.hands_over,
     )
 
 
@@ -162,6 +166,7 @@ def encode(record: Record) -> list[float]:
         record.has_guest,
         record.has_state,
         record.gradient_weight,
+        record.hands_over,
     ]
     readings = [
         number
@@ -188,7 +193,7 @@ def decode(numbers: Sequence[float]) -> Record:
     point = Point(*whole(3))
     data_seconds, compute_seconds = next(row), next(row)
     hyperparameters, has_guest, has_state = whole(3)
-    gradient_weight = next(row)
+    gradient_weight, hands_over = next(row), bool(next(row))
     values = tuple(next(row) for _ in range(int(next(row))))
     schedules = tuple(whole(int(next(row))))
     rest = [int(number) for number in row]
@@ -208,6 +213,7 @@ def decode(numbers: Sequence[float]) -> Record:
         bool(has_state),
         tuple(_reading(*rest[i : i + _READING_SIZE]) for i in range(0, len(rest), _READING_SIZE)),
         None if gradient_weight == samples else gradient_weight,
+        hands_over,
     )
 
 

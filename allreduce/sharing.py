@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from allreduce.group import Group, Pending
-from ps_core.tensors import bytes_of, from_wire, spec_of
-from ps_core.v1 import group_pb2
+from ps_core.tensors import bytes_of, from_wire, plain, spec_of
+from ps_core.v1 import group_pb2, tensor_pb2
 
 
 def share_bytes(group: Group, index: int, data: bytes) -> bytes:
@@ -45,14 +45,20 @@ def share_tensors(
     """
     listed = group_pb2.TensorList(specs=[spec_of(name, each) for name, each in tensors.items()])
     data = share_bytes(group, index, listed.SerializeToString())
-    shared = {}
-    for spec in group_pb2.TensorList.FromString(data).specs:
-        shape = tuple(spec.shape)
-        if index == group.index:
-            tensor = tensors[spec.name].detach().to("cpu", copy=True).contiguous()
-        else:
-            tensor = torch.empty(shape, dtype=from_wire(spec.dtype))
-        if tensor.numel():
-            group.broadcast(tensor.view(-1).view(torch.uint8), index).wait()
-        shared[spec.name] = tensor
-    return shared
+    specs = group_pb2.TensorList.FromString(data).specs
+    return {spec.name: share_tensor(group, index, spec, tensors.get(spec.name)) for spec in specs}
+
+
+def share_tensor(
+    group: Group, index: int, spec: tensor_pb2.TensorSpec, own: torch.Tensor | None
+) -> torch.Tensor:
+    """Member `index`'s tensor, described by `spec`, as a copy on the host; `own` counts on that
+    member only. Raises PeerLostError.
+    """
+    if index == group.index and own is not None:
+        tensor = plain(own).clone()
+    else:
+        tensor = torch.empty(tuple(spec.shape), dtype=from_wire(spec.dtype))
+    if tensor.numel():
+        group.broadcast(tensor.view(-1).view(torch.uint8), index).wait()
+    return tensor

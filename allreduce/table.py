@@ -101,6 +101,13 @@ class Table:
         """The replica whose optimizer's state everybody is to have."""
         return next((index for index, each in self.replicas.items() if each.has_state), None)
 
+    @property
+    def hands_over(self) -> bool:
+        """All have come to a meeting, and take over the extras of the lowest rank."""
+        return all(each.arrival is not None for each in self.rows.values()) and any(
+            each.hands_over for each in self.rows.values()
+        )
+
     def readings(self) -> Iterator[Reading]:
         """What the update is made of."""
         for record in self.replicas.values():

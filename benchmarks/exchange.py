@@ -38,6 +38,7 @@ from rich.table import Table
 from ps_core import config as settings
 from ps_core.buckets import make_buckets
 from ps_core.exchange import Arrival, Purpose, Work
+from ps_core.extras import Extras
 from ps_core.metrics import WorkerMetrics
 from ps_core.optim_spec import describe, read_groups
 from ps_core.plan import ParameterSpec, make_plan
@@ -95,7 +96,9 @@ class Worker:
             bucket.gradients.fill_(1.0 + cluster.rank)
             bucket.present = [True] * len(bucket.members)
         self.exchange = ParameterServerExchange(config, WorkerMetrics(cluster.rank, num_shards))
-        self.exchange.join(plan, self.buckets, describe(self.optimizer), dict)
+        self.exchange.join(
+            plan, self.buckets, describe(self.optimizer), Extras(torch.nn.Module(), ())
+        )
 
     def step(self, step: int) -> None:
         self.exchange.begin(step, Work(samples=1), read_groups(self.optimizer))

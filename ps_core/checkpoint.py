@@ -5,16 +5,21 @@ sees half a file.
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import nn
 
+from ps_core.errors import UsageError
 from ps_core.model_files import temporary
-from ps_core.tensors import bytes_of, memory_of
+from ps_core.names import plain_name
+from ps_core.tensors import bytes_of, memory_of, obstacle, plain
+
+log = logging.getLogger(__name__)
 
 _DTYPES: Final = {
     torch.float64: "F64",
@@ -30,7 +35,9 @@ _DTYPES: Final = {
     torch.uint32: "U32",
     torch.uint64: "U64",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
     torch.complex64: "C64",
     torch.bool: "BOOL",
 }
@@ -49,18 +56,37 @@ def write_model(
     metadata. See `with_signs` for `sign`.
 
     Weights that several names share are written once; the header's metadata says `tied.<name>` =
-    the name they are under. `safetensors.torch.load_model(model, path)` reads the file back.
+    the name they are under. `safetensors.torch.load_model(model, path)` reads the file back. Extra
+    state that is no tensor is in the metadata, as JSON, or named in a warning where that cannot
+    hold it.
     """
     tensors, metadata = distinct_tensors(model)
-    whole = (tensor.detach().cpu().contiguous() for tensor in tensors.values())
-    write_tensors(path, tensors, with_signs(whole, sign), {**metadata, **more})
+    texts, others = extra_state(model)
+    if others:
+        log.warning("%s lacks %s", path.name, what_is_lost(others))
+    whole = with_signs(map(plain, tensors.values()), sign)
+    write_tensors(path, tensors, whole, {**metadata, **texts, **more})
+
+
+def check_writable(model: torch.nn.Module) -> None:
+    """Raises UsageError for a tensor that such a file cannot hold."""
+    for name, tensor in distinct_tensors(model)[0].items():
+        if not tensor.is_meta and (problem := obstacle(tensor)):
+            raise UsageError(f"{name} cannot be written to model.safetensors: it {problem}")
+        if tensor.dtype not in _DTYPES:
+            raise UsageError(
+                f"{name} is {tensor.dtype}, which model.safetensors cannot hold: keep it as "
+                "another type, such as the real and imaginary part of a complex number, or "
+                "register it with persistent=False"
+            )
 
 
 def distinct_tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The model's tensors by their first names, those of parameters if they have any, and what the
     file says of the other names.
     """
-    entries: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    values = _entries(model).items()
+    entries = {name: value for name, value in values if isinstance(value, torch.Tensor)}
     tensors: dict[str, torch.Tensor] = {}
     metadata = {"format": "pt"}
     first_name: dict[Hashable, str] = {}
@@ -86,6 +112,40 @@ def with_signs(
         if sign is not None and num_bytes >= SIGN_BYTES:
             num_bytes = 0
             sign()
+
+
+def extra_state(model: torch.nn.Module) -> tuple[dict[str, str], list[str]]:
+    """What `get_extra_state` gives besides tensors, as JSON by name; the names of what JSON would
+    not give back as it was.
+    """
+    entries = _entries(model).items()
+    values = {name: value for name, value in entries if not isinstance(value, torch.Tensor)}
+    texts = {name: _json(value) for name, value in values.items()}
+    kept = {name: text for name, text in texts.items() if text is not None}
+    return kept, sorted(texts.keys() - kept.keys())
+
+
+def what_is_lost(names: Sequence[str]) -> str:
+    """For a person: extra state that is not kept."""
+    return (
+        f"the extra state {', '.join(names)}, for which it has no form: save it in the script, or "
+        "let get_extra_state return a tensor"
+    )
+
+
+def _entries(model: torch.nn.Module) -> dict[str, object]:
+    """The state_dict, under the names of the model's author."""
+    state: Mapping[str, object] = model.state_dict(keep_vars=True)
+    return {plain_name(model, name): value for name, value in state.items()}
+
+
+def _json(value: object) -> str | None:
+    """As text that stands for exactly this value; None: there is none."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+        return text if json.loads(text) == value else None
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 def write_tensors(

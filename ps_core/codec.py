@@ -22,7 +22,7 @@ from ps_core.job import Job
 from ps_core.optim_spec import OPTIMIZERS, Hyperparameters, HyperparameterValue, OptimizerSpec
 from ps_core.plan import ParameterSpec, Part, most_parts
 from ps_core.settings import Config, ConsistencyConfig
-from ps_core.tensors import TRAINABLE, bytes_of, from_wire, spec_of, tensor_of, to_wire
+from ps_core.tensors import TRAINABLE, bytes_of, from_wire, plain, spec_of, tensor_of, to_wire
 from ps_core.v1 import shard_pb2, tensor_pb2
 
 CHUNK_BYTES = 4 * 2**20
@@ -205,13 +205,15 @@ def _varint(value: int) -> bytes:
 # -- Tensors that are not hot ----------------------------------------------------------------------
 
 
-def encode_chunks(name: str, tensor: torch.Tensor) -> Iterator[tensor_pb2.TensorChunk]:
-    """A named host tensor as one or more chunks."""
+def encode_chunks(
+    name: str, tensor: torch.Tensor, digest: bytes = b""
+) -> Iterator[tensor_pb2.TensorChunk]:
+    """A named tensor as one or more chunks, each with the tensor's `digest`."""
     spec = spec_of(name, tensor)
-    data = bytes_of(tensor.contiguous())
+    data = bytes_of(plain(tensor))
     for offset in range(0, max(1, len(data)), CHUNK_BYTES):
         piece = bytes(data[offset : offset + CHUNK_BYTES])
-        yield tensor_pb2.TensorChunk(spec=spec, offset_bytes=offset, data=piece)
+        yield tensor_pb2.TensorChunk(spec=spec, offset_bytes=offset, data=piece, digest=digest)
 
 
 def write_chunk(chunk: tensor_pb2.TensorChunk, tensor: torch.Tensor) -> None:

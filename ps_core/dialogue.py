@@ -89,6 +89,7 @@ def encode_meet(arrival: Arrival) -> shard_pb2.Meet:
         weight=arrival.weight,
         takes_leases=arrival.takes_leases,
         point=encode_point(arrival.point),
+        hands_over=arrival.hands_over,
     )
 
 
@@ -108,6 +109,7 @@ def decode_meet(message: shard_pb2.Meet) -> Arrival:
         message.weight,
         message.takes_leases,
         decode_point(message.point),
+        message.hands_over,
     )
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import enum
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
 from ps_core.buckets import Bucket
+from ps_core.extras import Extras
 from ps_core.leases import Lease, PassSpec
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import Plan
@@ -30,6 +31,10 @@ class Purpose(enum.IntEnum):
     MEAN = 3
     LOAD = 4
     CLOSE = 5
+
+
+HANDS_OVER: Final = frozenset({Purpose.EPOCH, Purpose.CLOSE})
+"""Meetings at which all take over the extras of the chosen worker."""
 
 
 class Farewell(enum.IntEnum):
@@ -56,6 +61,8 @@ class Arrival:
     """It goes on with its pass when another worker's lease comes back."""
     point: Point = BEGINNING
     """Which call of the script this is."""
+    hands_over: bool = False
+    """This worker has handed over its extras before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +195,6 @@ class Replica(Protocol):
         ...
 
 
-ReadExtras = Callable[[], Mapping[str, torch.Tensor]]
-"""Reads the model's tensors that are not trained, by name: buffers and frozen parameters. The
-chosen worker's count.
-"""
-
-
 class Exchange(Protocol):
     """Gradients in, parameters out. All calls come from the training thread."""
 
@@ -202,7 +203,7 @@ class Exchange(Protocol):
     """Tells this process apart from others of its rank, in all that is written of the job."""
 
     def join(
-        self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: ReadExtras
+        self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: Extras
     ) -> Start:
         """Enter the job; fill the buckets' parameters and the extras with the job's values. Blocks
         until all have joined.
@@ -249,7 +250,7 @@ class Peers(Protocol):
         """Wait until every worker has come for the same purpose, then hold the newest parameters.
 
         With `takes_leases` the wait also ends when samples come back that somebody must train on.
-        At the end of an epoch and of the job the chosen worker first hands over its extras. Blocks
+        At the end of an epoch and of the job all take over the extras of the chosen worker. Blocks
         as long as the other workers live and train.
         """
         ...

@@ -13,13 +13,13 @@ from ps_core.exchange import (
     Meeting,
     Outcome,
     Purpose,
-    ReadExtras,
     Start,
     StateByParameter,
     Traffic,
     Work,
     new_incarnation,
 )
+from ps_core.extras import Extras
 from ps_core.leases import LeaseBook, PassSpec
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.plan import Plan
@@ -41,7 +41,7 @@ class LocalExchange:
         self._version = 0
 
     def join(
-        self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: ReadExtras
+        self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: Extras
     ) -> Start:
         """Keep the values as they are: there is nobody else."""
         self._buckets = buckets

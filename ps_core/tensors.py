@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -22,6 +23,15 @@ _DTYPES: Mapping[torch.dtype, tensor_pb2.DataType] = {
     torch.int8: tensor_pb2.DATA_TYPE_INT8,
     torch.uint8: tensor_pb2.DATA_TYPE_UINT8,
     torch.bool: tensor_pb2.DATA_TYPE_BOOL,
+    torch.uint16: tensor_pb2.DATA_TYPE_UINT16,
+    torch.uint32: tensor_pb2.DATA_TYPE_UINT32,
+    torch.uint64: tensor_pb2.DATA_TYPE_UINT64,
+    torch.float8_e4m3fn: tensor_pb2.DATA_TYPE_FLOAT8_E4M3FN,
+    torch.float8_e4m3fnuz: tensor_pb2.DATA_TYPE_FLOAT8_E4M3FNUZ,
+    torch.float8_e5m2: tensor_pb2.DATA_TYPE_FLOAT8_E5M2,
+    torch.float8_e5m2fnuz: tensor_pb2.DATA_TYPE_FLOAT8_E5M2FNUZ,
+    torch.complex64: tensor_pb2.DATA_TYPE_COMPLEX64,
+    torch.complex128: tensor_pb2.DATA_TYPE_COMPLEX128,
 }
 _NAMES: Mapping[int, torch.dtype] = {number: dtype for dtype, number in _DTYPES.items()}
 
@@ -68,6 +78,41 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
+_PARTS = (
+    "register the plain tensors that it is made of, or keep it as an attribute that is no buffer, "
+    "which every worker makes for itself"
+)
+
+
+def obstacle(tensor: torch.Tensor) -> str | None:
+    """Why a tensor cannot be sent, and what to do; None: it is plain elements of a known type."""
+    if tensor.is_meta:
+        return "has no memory: give it some, and values, before session.optimizer(...)"
+    if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else "quantised"
+        if not (tensor.is_nested or tensor.is_quantized):
+            kind = str(tensor.layout).removeprefix("torch.")
+        return f"is {kind}: {_PARTS}"
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"is a {type(tensor).__name__}: {_PARTS}"
+    if tensor.dtype not in _DTYPES:
+        return f"is {tensor.dtype}: convert it to one of {_names_of(_DTYPES)}"
+    return None
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous and on the host; a copy only where they are not already."""
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def digest(tensor: torch.Tensor) -> bytes:
+    """Equal for tensors of equal type, shape and bytes, and for no others that will ever be met."""
+    kind = f"{tensor.dtype} {list(tensor.shape)}".encode()
+    hashed = hashlib.blake2b(kind, digest_size=16)
+    hashed.update(bytes_of(plain(tensor)))
+    return hashed.digest()
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous host tensor, without a copy; valid as long as the tensor is."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
@@ -95,7 +140,7 @@ def to_wire(dtype: torch.dtype) -> tensor_pb2.DataType:
     """The wire's number of a dtype. Raises UsageError for one that has none."""
     if dtype not in _DTYPES:
         raise UsageError(
-            f"tensors of {dtype} cannot be sent: convert to one of {sorted(map(str, _DTYPES))}"
+            f"tensors of {dtype} cannot be sent: convert to one of {_names_of(_DTYPES)}"
         )
     return _DTYPES[dtype]
 
@@ -110,3 +155,7 @@ def from_wire(number: int) -> torch.dtype:
 def spec_of(name: str, tensor: torch.Tensor) -> tensor_pb2.TensorSpec:
     """Name, type and shape of a tensor."""
     return tensor_pb2.TensorSpec(name=name, dtype=to_wire(tensor.dtype), shape=tensor.shape)
+
+
+def _names_of(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

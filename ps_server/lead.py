@@ -307,7 +307,11 @@ class Lead:
             self.crew[rank].become_member(step)
         membership = self._next_epoch(entering=stale)
         first = min(arrivals)
-        mets = (Met(r, step, self.epoch, means, r == first, r in stale) for r in arrivals)
+        given = any(arrival.hands_over for arrival in arrivals.values())
+        mets = (
+            Met(r, step, self.epoch, means, r == first, r in stale, handed_over=given)
+            for r in arrivals
+        )
         return [membership, *mets]
 
     # -- Turns -------------------------------------------------------------------------------------

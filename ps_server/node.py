@@ -329,16 +329,20 @@ class Node:
 
     # -- Values ------------------------------------------------------------------------------------
 
-    def load(self, request: shard_pb2.LoadRequest) -> None:
+    def load(self, loaded: values.Buffers, request: shard_pb2.LoadRequest) -> None:
         """One message of a load. Raises ProtocolError."""
-        values.load(self._joined_shard(), self._buffers, request)
+        values.load(self._joined_shard(), loaded, request)
 
-    def read(self, content: int) -> Iterator[shard_pb2.PullResponse | bytes]:
+    def keep(self, loaded: values.Buffers) -> None:
+        """The load has ended: all its buffers count from now on, together."""
+        self._buffers |= loaded
+
+    def read(self, request: shard_pb2.PullRequest) -> Iterator[shard_pb2.PullResponse | bytes]:
         """The values asked for. Raises ProtocolError before the shard has its initial values."""
         shard = self._joined_shard()
         if not shard.ready:
             raise ProtocolError(f"shard {self.index} has no values yet")
-        return values.read(shard, self._buffers, content)
+        return values.read(shard, self._buffers, request)
 
     # -- Time and the end --------------------------------------------------------------------------
 

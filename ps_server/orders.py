@@ -52,6 +52,8 @@ class Met:
     position: Position | None = None
     is_past: bool = False
     """The others met here before it joined."""
+    handed_over: bool = False
+    """Somebody who was there has handed over buffers: all take them over."""
 
 
 @dataclass(frozen=True, slots=True)

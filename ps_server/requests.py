@@ -58,5 +58,6 @@ def encode_told(told: Met | Readmitted) -> shard_pb2.ExchangeResponse:
         leases=dialogue.encode_grant(told.grant) if told.grant is not None else None,
         position=dialogue.encode_position(told.position) if told.position is not None else None,
         past=told.is_past,
+        handed_over=told.handed_over,
     )
     return shard_pb2.ExchangeResponse(met=met)

@@ -20,6 +20,7 @@ from ps_server import status
 from ps_server.node import Node
 from ps_server.office import Office
 from ps_server.outbox import Outbox
+from ps_server.values import Buffers
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Callable[[Any, Any, Context], Awaitable[Any]]
@@ -151,15 +152,17 @@ class ShardService:
     ) -> shard_pb2.LoadResponse:
         hello: shard_pb2.Hello = await _first(requests, "hello")
         self._node.identify(hello.worker)
+        loaded: Buffers = {}
         async for request in requests:
             self._node.identify(hello.worker)  # it may have been evicted meanwhile
-            self._node.load(request)
+            self._node.load(loaded, request)
+        self._node.keep(loaded)
         return shard_pb2.LoadResponse(version=self._node.version)
 
     @_takes(_message(shard_pb2.PullRequest))
     async def Pull(self, request: shard_pb2.PullRequest, context: Context) -> None:
         self._node.identify(request.worker)
-        for response in self._node.read(request.content):
+        for response in self._node.read(request):
             await context.write(response)
 
     @_takes(_message(shard_pb2.DescribeRequest))

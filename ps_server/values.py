@@ -15,8 +15,10 @@ Buffers = dict[str, list[tensor_pb2.TensorChunk]]
 """Name → the chunks of the tensor. A shard only keeps them: it has no use for their elements."""
 
 
-def load(shard: Shard, buffers: Buffers, request: shard_pb2.LoadRequest) -> None:
-    """Take one message of a load. Raises ProtocolError."""
+def load(shard: Shard, loaded: Buffers, request: shard_pb2.LoadRequest) -> None:
+    """Take one message of a load; buffers into `loaded`, until all are there. Raises
+    ProtocolError.
+    """
     match request.WhichOneof("message"):
         case "part":
             part = shard.part(request.part.part).part
@@ -27,10 +29,7 @@ def load(shard: Shard, buffers: Buffers, request: shard_pb2.LoadRequest) -> None
             for part_state in shard.parts.values():
                 part_state.optimizer.clear_state()
         case "buffer":
-            chunk = request.buffer
-            if chunk.offset_bytes == 0:
-                buffers[chunk.spec.name] = []
-            buffers.setdefault(chunk.spec.name, []).append(chunk)
+            loaded.setdefault(request.buffer.spec.name, []).append(request.buffer)
         case other:
             raise ProtocolError(f"{other} is not something to load")
 
@@ -40,19 +39,26 @@ def _load_state(shard: Shard, message: tensor_pb2.StateTensor) -> None:
     optimizer.write_state(message.slice, message.spec.name, codec.decode_state(message))
 
 
-def read(shard: Shard, buffers: Buffers, content: int) -> Iterator[shard_pb2.PullResponse | bytes]:
+def read(
+    shard: Shard, buffers: Buffers, request: shard_pb2.PullRequest
+) -> Iterator[shard_pb2.PullResponse | bytes]:
     """The version, then the values asked for. Raises ProtocolError."""
     yield shard_pb2.PullResponse(version=shard.version)
-    match content:
+    match request.content:
         case shard_pb2.CONTENT_PARAMETERS:
             for index, state in shard.parts.items():
                 yield codec.encode_pulled(state.version, index, state.parameters)
         case shard_pb2.CONTENT_STATE:
             yield from _read_state(shard)
         case shard_pb2.CONTENT_BUFFERS:
-            for chunks in buffers.values():
-                yield from (shard_pb2.PullResponse(buffer=chunk) for chunk in chunks)
-        case _:
+            # As they are now: while the messages are on their way others may be loaded.
+            for name, chunks in list(buffers.items()):
+                if request.held.get(name) == chunks[0].digest:
+                    same = tensor_pb2.TensorChunk(spec=chunks[0].spec, digest=chunks[0].digest)
+                    yield shard_pb2.PullResponse(buffer=same)
+                else:
+                    yield from (shard_pb2.PullResponse(buffer=chunk) for chunk in chunks)
+        case content:
             raise ProtocolError(f"unknown content {content}")
 
 

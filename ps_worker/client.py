@@ -9,7 +9,8 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import grpc
@@ -158,10 +159,14 @@ class ShardClient:
         call = stream_unary(self._channel, SHARD_SERVICE, "Load")
         unary(call, requests(), str(self), self._long_seconds)
 
-    def pull(self, content: shard_pb2.Content) -> Iterator[shard_pb2.PullResponse]:
-        """Read the shard's values: the version first."""
+    def pull(
+        self, content: shard_pb2.Content, held: Mapping[str, bytes] = MappingProxyType({})
+    ) -> Iterator[shard_pb2.PullResponse]:
+        """Read the shard's values: the version first. Buffers with the digests `held` come without
+        data.
+        """
         call = unary_stream(self._channel, SHARD_SERVICE, "Pull")
-        request = shard_pb2.PullRequest(worker=self._worker, content=content)
+        request = shard_pb2.PullRequest(worker=self._worker, content=content, held=held)
         try:
             yield from call(request, timeout=self._long_seconds)
         except grpc.RpcError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,13 +14,13 @@ from ps_core.buckets import Bucket
 from ps_core.codec import PartFrame
 from ps_core.errors import JobFailedError, ProtocolError, ShardlineError
 from ps_core.exchange import (
+    HANDS_OVER,
     Arrival,
     Farewell,
     Grant,
     Meeting,
     Outcome,
     Purpose,
-    ReadExtras,
     Replica,
     Start,
     StateByParameter,
@@ -27,6 +28,7 @@ from ps_core.exchange import (
     Work,
     new_incarnation,
 )
+from ps_core.extras import Extras
 from ps_core.heartbeat import Heartbeat
 from ps_core.job import describe_job
 from ps_core.leases import PassSpec
@@ -91,7 +93,7 @@ class ParameterServerExchange:
     # -- Exchange ----------------------------------------------------------------------------------
 
     def join(
-        self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: ReadExtras
+        self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: Extras
     ) -> Start:
         """Enter the job on every shard and take its values. Blocks until all workers have joined,
         or until the others let this one into a running job.
@@ -118,7 +120,7 @@ class ParameterServerExchange:
             self._values.load_initial()
         met = self._wait_for_all(Arrival(Purpose.START, 0))
         if met.refreshed:
-            self._values.pull_extras()
+            self._values.take_extras(joins=True)
         position = dialogue.decode_position(met.position) if met.HasField("position") else None
         return Start(met.step, met.chosen, position)
 
@@ -265,26 +267,24 @@ class ParameterServerExchange:
 
     def meet(self, arrival: Arrival) -> Meeting:
         """Wait for the lead's word, and for the parameters if others went further."""
-        if self._chosen and arrival.purpose in (Purpose.EPOCH, Purpose.CLOSE):
-            self._hand_over_extras()
         was_chosen = self._chosen
-        met = self._wait_for_all(arrival)
-        if arrival.purpose is Purpose.CLOSE and met.chosen and not was_chosen:
-            self._become_last_chosen()
+        gives = was_chosen and arrival.purpose in HANDS_OVER and not self._extras_are_final
+        digests = self._values.load_extras() if gives else None
+        met = self._wait_for_all(replace(arrival, hands_over=gives))
+        if met.handed_over:
+            self._values.take_extras(digests)
+        elif met.chosen and not was_chosen:
+            self._become_chosen()
         self._extras_are_final |= arrival.purpose is Purpose.CLOSE
         grant = dialogue.decode_grant(met.leases) if met.HasField("leases") else None
         return Meeting(met.step, tuple(met.means), met.chosen, grant, met.past)
 
-    def _hand_over_extras(self) -> None:
-        """Between the meetings at the end of the job they do not change."""
-        if not self._extras_are_final:
-            self._values.load_extras()
-
-    def _become_last_chosen(self) -> None:
+    def _become_chosen(self) -> None:
         """The worker that was chosen before is lost, before or after it had its last word."""
         if self._extras_are_final:
-            self._values.pull_extras()
+            self._values.take_extras()
         else:
+            self._values.keep_nothing()
             self._values.load_extras()
 
     def _wait_for_all(self, arrival: Arrival) -> shard_pb2.Met:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -22,6 +22,7 @@ from ps_core.errors import (
 from ps_core.exchange import Farewell
 from ps_core.local_steps import outer_spec
 from ps_core.memory import keep_freed_memory, return_freed_memory
+from ps_core.names import plain_name
 from ps_core.optim_spec import OptimizerSpec, check_consistency, check_norm, describe
 from ps_core.plan import ParameterSpec, Plan
 from ps_core.settings import ClusterConfig, Config, ConsistencyConfig
@@ -111,7 +112,7 @@ def trained(
     """
     check_model(model)
     tie(model, optimizer)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(p): plain_name(model, name) for name, p in model.named_parameters()}
     parameters, specs = [], []
     for group, entries in enumerate(optimizer.param_groups):
         for parameter in entries["params"]:
@@ -151,15 +152,3 @@ def _spec(parameter: torch.nn.Parameter, name: str | None, group: int) -> Parame
         )
     check_parameter(name, parameter)
     return ParameterSpec(name, parameter.dtype, tuple(parameter.shape), group)
-
-
-def extras(model: torch.nn.Module, exchanged: set[int]) -> Mapping[str, torch.Tensor]:
-    """Buffers and untrained parameters, which every worker has but no shard updates. Those of other
-    workers' stages have no memory here.
-    """
-    extras = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    return {
-        name: tensor
-        for name, tensor in extras.items()
-        if id(tensor) not in exchanged and not tensor.is_meta
-    }

@@ -16,9 +16,11 @@ from torch.utils.data import Dataset
 
 from allreduce.store import kept_here
 from ps_core.buckets import Bucket
+from ps_core.checkpoint import check_writable, extra_state, what_is_lost
 from ps_core.config import check_addresses, load
 from ps_core.errors import ConfigError, ResultError, ShardlineError, UsageError
 from ps_core.exchange import DataLeases, Farewell, Purpose, Start
+from ps_core.extras import Extras
 from ps_core.local_steps import LocalStepsOptimizer
 from ps_core.metrics import Endpoint, WorkerMetrics, start_endpoint
 from ps_core.optim_spec import OptimizerSpec
@@ -28,7 +30,6 @@ from ps_core.settings import Config
 from shardline.attendance import Attendance
 from shardline.description import (
     choose_device,
-    extras,
     farewell,
     forget_frames,
     job_spec,
@@ -235,9 +236,11 @@ class Session:
         num_shards = max(stages, len(self.config.cluster.shards))
         plan = make_plan(specs, num_shards, exchange.part_bytes, exchange.bucket_bytes)
         buckets, exchanged = move_into_buckets(model, plan, parameters, self.stage)
+        extras = Extras(model, exchanged)
+        extras.check()
+        self._check_file(model)
         self._model = model
-        start = self.exchange.join(plan, buckets, spec, lambda: extras(model, exchanged))
-        self._start = start
+        start = self._start = self.exchange.join(plan, buckets, spec, extras)
         for bucket in buckets:
             bucket.accept()
         self._watch(model, buckets)
@@ -268,6 +271,15 @@ class Session:
         """A gradient that goes into an update is of several workers."""
         shared = self.world_size > 1 and self.config.consistency.mode == "sync"
         return shared or self._staging is not None
+
+    def _check_file(self, model: torch.nn.Module) -> None:
+        """Say what `model.safetensors` will lack. Raises UsageError for what it cannot hold."""
+        check_writable(model)
+        texts, lost = extra_state(model)
+        if self._staging is not None:
+            lost += texts
+        if lost and self.config.cluster.rank == 0:
+            _say(f"model.safetensors will lack {what_is_lost(lost)}")
 
     def _wrap(
         self,

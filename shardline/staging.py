@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,13 @@ from pipeline.schedule import (
 from pipeline.step import PipelineStep
 from pipeline.timing import layer_seconds
 from ps_core.aliases import Alias, aliases
-from ps_core.checkpoint import distinct_tensors, with_signs, write_tensors
+from ps_core.checkpoint import (
+    distinct_tensors,
+    extra_state,
+    what_is_lost,
+    with_signs,
+    write_tensors,
+)
 from ps_core.errors import UsageError
 from ps_core.group_metrics import PipelineMetrics
 from ps_core.plan import ParameterSpec
@@ -34,6 +41,8 @@ from shardline.batch_size import num_rows
 from shardline.model_steps import Batch, Counts, Loss, only_input
 from shardline.replica import StageOfReplica
 from shardline.weights import Weight, weight_of
+
+log = logging.getLogger(__name__)
 
 _SECONDS = "seconds of each layer"
 
@@ -197,6 +206,9 @@ class Staging:
         writes. See ps_core.checkpoint.with_signs for `sign`.
         """
         entries, metadata = distinct_tensors(model)
+        texts, others = extra_state(model)
+        if self.replica.stage == 0 and (texts or others):
+            log.warning("%s lacks %s", path.name, what_is_lost([*texts, *others]))
         tensors: Iterator[Tensor] = (
             self.replica.fetch(_with_memory(tensor), self._holder_of(name))
             for name, tensor in entries.items()

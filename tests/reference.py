@@ -37,6 +37,14 @@ class Net(nn.Module):
         return output
 
 
+def holding(buffers: Mapping[str, Tensor]) -> nn.Module:
+    """A module with these buffers and nothing else."""
+    module = nn.Module()
+    for name, tensor in buffers.items():
+        module.register_buffer(name, tensor)
+    return module
+
+
 def initial_net(dtype: str = "float64") -> Net:
     """The net that worker 0 makes first of all."""
     torch.manual_seed(SEED)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ps_core.buckets import Bucket, make_buckets
 from ps_core.exchange import Arrival, Farewell, Grant, Outcome, Purpose, Start, Work
+from ps_core.extras import Extras
 from ps_core.leases import PassSpec
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from ps_core.optimizer import JobExchange
@@ -148,7 +149,9 @@ def enter(session: Session, dtype: str = "float64", max_grad_norm: float | None 
     plan = make_plan(specs, num_shards, *sizes)
     buckets = make_buckets(plan, list(named.values()))
     spec = OptimizerSpec("AdamW", GROUPS, max_grad_norm)
-    start = session.exchange.join(plan, buckets, spec, lambda: {"count": model.get_buffer("count")})
+    start = session.exchange.join(
+        plan, buckets, spec, Extras(model, {id(p) for p in model.parameters()})
+    )
     return Worker(session, session.exchange, model, buckets, start)
 
 

@@ -13,6 +13,7 @@ from allreduce.store import Keeper
 from ps_core.buckets import Bucket, make_buckets
 from ps_core.config import load
 from ps_core.exchange import Work
+from ps_core.extras import Extras
 from ps_core.listening import listen
 from ps_core.local import LocalExchange
 from ps_core.optim_spec import describe, read_groups
@@ -85,7 +86,7 @@ def test_training_on_the_device_equals_plain_torch(make: Callable[[], JobExchang
     inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
     plain = torch.optim.AdamW(reference.parameters(), lr=1e-2)
     exchange = make()
-    exchange.join(plan, buckets, describe(inner), dict)
+    exchange.join(plan, buckets, describe(inner), Extras(torch.nn.Module(), ()))
     for step in range(20):
         inputs = torch.randn(16, 8, device="cuda", dtype=torch.float64)
         for trained in (model, reference):

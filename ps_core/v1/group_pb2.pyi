@@ -85,7 +85,9 @@ class GroupState(_message.Message):
     def __init__(self, round: _Optional[int] = ..., version: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[Row, _Mapping]]] = ..., position: _Optional[_Union[_shard_pb2.Position, _Mapping]] = ..., meetings: _Optional[_Iterable[_Union[PastMeeting, _Mapping]]] = ..., loaders: _Optional[_Iterable[_Union[LoaderState, _Mapping]]] = ..., speeds: _Optional[_Iterable[_Union[Speed, _Mapping]]] = ..., goes_on: _Optional[bool] = ...) -> None: ...
 
 class TensorList(_message.Message):
-    __slots__ = ("specs",)
+    __slots__ = ("specs", "digests")
     SPECS_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     specs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
-    def __init__(self, specs: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ...) -> None: ...
+    digests: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, specs: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., digests: _Optional[_Iterable[bytes]] = ...) -> None: ...

@@ -300,23 +300,25 @@ class Leases(_message.Message):
     def __init__(self, leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., loader: _Optional[int] = ..., over: _Optional[bool] = ..., **kwargs) -> None: ...
 
 class Meet(_message.Message):
-    __slots__ = ("purpose", "step", "values", "weight", "takes_leases", "point")
+    __slots__ = ("purpose", "step", "values", "weight", "takes_leases", "point", "hands_over")
     PURPOSE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     TAKES_LEASES_FIELD_NUMBER: _ClassVar[int]
     POINT_FIELD_NUMBER: _ClassVar[int]
+    HANDS_OVER_FIELD_NUMBER: _ClassVar[int]
     purpose: Purpose
     step: int
     values: _containers.RepeatedScalarFieldContainer[float]
     weight: float
     takes_leases: bool
     point: Point
-    def __init__(self, purpose: _Optional[_Union[Purpose, str]] = ..., step: _Optional[int] = ..., values: _Optional[_Iterable[float]] = ..., weight: _Optional[float] = ..., takes_leases: _Optional[bool] = ..., point: _Optional[_Union[Point, _Mapping]] = ...) -> None: ...
+    hands_over: bool
+    def __init__(self, purpose: _Optional[_Union[Purpose, str]] = ..., step: _Optional[int] = ..., values: _Optional[_Iterable[float]] = ..., weight: _Optional[float] = ..., takes_leases: _Optional[bool] = ..., point: _Optional[_Union[Point, _Mapping]] = ..., hands_over: _Optional[bool] = ...) -> None: ...
 
 class Met(_message.Message):
-    __slots__ = ("step", "epoch", "means", "chosen", "refreshed", "leases", "position", "past")
+    __slots__ = ("step", "epoch", "means", "chosen", "refreshed", "leases", "position", "past", "handed_over")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MEANS_FIELD_NUMBER: _ClassVar[int]
@@ -325,6 +327,7 @@ class Met(_message.Message):
     LEASES_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     PAST_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     means: _containers.RepeatedScalarFieldContainer[float]
@@ -333,7 +336,8 @@ class Met(_message.Message):
     leases: Leases
     position: Position
     past: bool
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., means: _Optional[_Iterable[float]] = ..., chosen: _Optional[bool] = ..., refreshed: _Optional[bool] = ..., leases: _Optional[_Union[Leases, _Mapping]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., past: _Optional[bool] = ...) -> None: ...
+    handed_over: bool
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., means: _Optional[_Iterable[float]] = ..., chosen: _Optional[bool] = ..., refreshed: _Optional[bool] = ..., leases: _Optional[_Union[Leases, _Mapping]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., past: _Optional[bool] = ..., handed_over: _Optional[bool] = ...) -> None: ...
 
 class Position(_message.Message):
     __slots__ = ("point", "schedules", "schedules_step", "schedules_point")
@@ -416,12 +420,21 @@ class LoadResponse(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("worker", "content")
+    __slots__ = ("worker", "content", "held")
+    class HeldEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
     WORKER_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerId
     content: Content
-    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., content: _Optional[_Union[Content, str]] = ...) -> None: ...
+    held: _containers.ScalarMap[str, bytes]
+    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., content: _Optional[_Union[Content, str]] = ..., held: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("version", "part", "state", "buffer")

@@ -20,6 +20,15 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_INT8: _ClassVar[DataType]
     DATA_TYPE_UINT8: _ClassVar[DataType]
     DATA_TYPE_BOOL: _ClassVar[DataType]
+    DATA_TYPE_UINT16: _ClassVar[DataType]
+    DATA_TYPE_UINT32: _ClassVar[DataType]
+    DATA_TYPE_UINT64: _ClassVar[DataType]
+    DATA_TYPE_FLOAT8_E4M3FN: _ClassVar[DataType]
+    DATA_TYPE_FLOAT8_E4M3FNUZ: _ClassVar[DataType]
+    DATA_TYPE_FLOAT8_E5M2: _ClassVar[DataType]
+    DATA_TYPE_FLOAT8_E5M2FNUZ: _ClassVar[DataType]
+    DATA_TYPE_COMPLEX64: _ClassVar[DataType]
+    DATA_TYPE_COMPLEX128: _ClassVar[DataType]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT64: DataType
 DATA_TYPE_FLOAT32: DataType
@@ -31,6 +40,15 @@ DATA_TYPE_INT16: DataType
 DATA_TYPE_INT8: DataType
 DATA_TYPE_UINT8: DataType
 DATA_TYPE_BOOL: DataType
+DATA_TYPE_UINT16: DataType
+DATA_TYPE_UINT32: DataType
+DATA_TYPE_UINT64: DataType
+DATA_TYPE_FLOAT8_E4M3FN: DataType
+DATA_TYPE_FLOAT8_E4M3FNUZ: DataType
+DATA_TYPE_FLOAT8_E5M2: DataType
+DATA_TYPE_FLOAT8_E5M2FNUZ: DataType
+DATA_TYPE_COMPLEX64: DataType
+DATA_TYPE_COMPLEX128: DataType
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape")
@@ -59,14 +77,16 @@ class Part(_message.Message):
     def __init__(self, step: _Optional[int] = ..., part: _Optional[int] = ..., present: _Optional[bytes] = ..., epoch: _Optional[int] = ..., clock: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class TensorChunk(_message.Message):
-    __slots__ = ("spec", "offset_bytes", "data")
+    __slots__ = ("spec", "offset_bytes", "data", "digest")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     spec: TensorSpec
     offset_bytes: int
     data: bytes
-    def __init__(self, spec: _Optional[_Union[TensorSpec, _Mapping]] = ..., offset_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    digest: bytes
+    def __init__(self, spec: _Optional[_Union[TensorSpec, _Mapping]] = ..., offset_bytes: _Optional[int] = ..., data: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class StateTensor(_message.Message):
     __slots__ = ("part", "slice", "spec", "data")

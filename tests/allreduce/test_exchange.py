@@ -25,12 +25,13 @@ from allreduce.store import Keeper
 from ps_core.config import load
 from ps_core.errors import DataLossError, JobFailedError, MismatchError, UsageError
 from ps_core.exchange import Arrival, Farewell, Grant, Meeting, Purpose, Start, Work
+from ps_core.extras import Extras
 from ps_core.leases import PassSpec
 from ps_core.listening import listen
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec
 from tests.allreduce.replicas import BUCKET_BYTES, Alone, gradients, net, planned, spec_of
 from tests.allreduce.together import PATIENCE_SECONDS, Worker, outcomes, together, wait_until
-from tests.reference import Batch, assert_close, concatenated, samples
+from tests.reference import Batch, assert_close, concatenated, holding, samples
 
 ADAMW: dict[str, Any] = {"weight_decay": 0.1}
 PASS = PassSpec(60, batch_size=2)
@@ -86,7 +87,7 @@ class Trainer:
         keys = {**job.settings, "cluster.rank": rank}
         environ = {f"SHARDLINE_{key.replace('.', '_').upper()}": str(v) for key, v in keys.items()}
         self.model = net()
-        self.extras: Mapping[str, Tensor] = {"count": torch.full((3,), float(rank))}
+        self.statistics = holding({"count": torch.full((3,), float(rank))})
         self.names = [name for name, _ in self.model.named_parameters()]
         self.plan, self.buckets = planned(self.model, BUCKET_BYTES)
         self.spec = spec or spec_of("AdamW", **ADAMW)
@@ -95,7 +96,7 @@ class Trainer:
         job.stack.callback(self.kill)
 
     def join(self) -> Start:
-        start = self.exchange.join(self.plan, self.buckets, self.spec, lambda: self.extras)
+        start = self.exchange.join(self.plan, self.buckets, self.spec, Extras(self.statistics, ()))
         self.version = start.step
         return start
 
@@ -267,7 +268,9 @@ def test_rank_0_may_be_lost_and_come_back(stack: ExitStack) -> None:
     assert isinstance(start, Start)
     assert (start.step, start.chosen) == (other.version, True)
     assert start.position is not None
-    assert again.extras["count"].tolist() == [0, 0, 0], "those of rank 0 that all have had"
+    assert again.statistics.get_buffer("count").tolist() == [0, 0, 0], (
+        "those of rank 0 that all have had"
+    )
     step_all(again, other, count=2)
     job.check(again, other)
 
@@ -410,7 +413,7 @@ def test_a_guest_with_other_buffers_is_told_what_differs(
     job = Job(stack, 1)
     (first,) = job.workers
     guest = Trainer(job, 1)
-    guest.extras = extras
+    guest.statistics = holding(extras)
     joining = Worker(guest.join_or_fail)
     while joining.is_alive():
         first.step()

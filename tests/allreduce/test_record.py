@@ -105,7 +105,7 @@ def test_without_gradients_a_step_is_made_of_nothing_and_is_still_one() -> None:
 
 @pytest.mark.parametrize("purpose", [p for p in Purpose if p is not Purpose.START])
 def test_an_arrival_comes_back_from_a_record(purpose: Purpose) -> None:
-    arrival = Arrival(purpose, 8, (1.5, -2.0), 3.0, takes_leases=True, point=Point(1, 2, 3))
+    arrival = Arrival(purpose, 8, (1.5, -2.0), 3.0, True, Point(1, 2, 3), hands_over=True)
     record = of_arrival(8, arrival, has_state=True)
     assert record.has_state
     assert not record.is_step

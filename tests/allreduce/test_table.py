@@ -19,6 +19,16 @@ def waits(
     return Record(Call(purpose), 3, values=values, weight=weight, **fields)  # type: ignore[arg-type]  # of a record
 
 
+@pytest.mark.parametrize(
+    ("others", "hands_over"),
+    [([waits()], True), ([step(1)], False), ([Record(Call.LEAVE, 3)], False)],
+)
+def test_extras_are_handed_over_when_all_have_come(others: list[Record], hands_over: bool) -> None:
+    rows = [waits(hands_over=True), *others]
+    assert Table(dict(enumerate(rows))).hands_over is hands_over
+    assert not Table({0: waits(), 1: waits()}).hands_over
+
+
 def reading(start: int) -> Reading:
     return Reading(0, 0, start, 4, 100, 4, is_shared=False)
 

@@ -83,10 +83,10 @@ def train_normed(session: Session) -> Returned:
         optimizer.zero_grad()
         loss_of(model, (x, y)).backward()
         optimizer.step(samples=len(x))
-    return {**start, **model.state_dict()}
+    return {**start, **copy.deepcopy(model.state_dict())}
 
 
-def test_batch_norm_counts_on_each_worker_and_worker_0s_counts_are_kept(
+def test_within_a_pass_batch_norm_counts_on_each_worker_and_worker_0s_counts_are_kept(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     environ = {**JOB_SEED, "SHARDLINE_JOB_RUN_DIR": str(tmp_path)}
@@ -250,7 +250,7 @@ def test_a_state_is_read_as_it_was_when_it_was_asked_for() -> None:
     for state in shard.parts.values():
         for index, piece in enumerate(state.part.slices):
             state.optimizer.write_state(index, "exp_avg", torch.ones(piece.length))
-    responses = values.read(shard, {}, shard_pb2.CONTENT_STATE)
+    responses = values.read(shard, {}, shard_pb2.PullRequest(content=shard_pb2.CONTENT_STATE))
     read = [next(responses) for _ in range(2)]  # the version, and the first tensor
     for state in shard.parts.values():  # another worker loads a state
         state.optimizer.clear_state()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ps_core.buckets import Bucket, make_buckets
 from ps_core.errors import NonFiniteError, UsageError
-from ps_core.exchange import Meeting, Outcome, Purpose, ReadExtras, Start, Work
+from ps_core.exchange import Meeting, Outcome, Purpose, Start, Work
+from ps_core.extras import Extras
 from ps_core.local import LocalExchange
 from ps_core.local_steps import LocalStepsOptimizer, outer_spec
 from ps_core.optim_spec import Hyperparameters, OptimizerSpec, build
@@ -80,7 +81,7 @@ class Averaged(Recorded):
         self._hub, self._rank = hub, rank
 
     def join(
-        self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: ReadExtras
+        self, plan: Plan, buckets: Sequence[Bucket], optimizer: OptimizerSpec, extras: Extras
     ) -> Start:
         self._all = buckets
         return super().join(plan, buckets, optimizer, extras)
@@ -178,7 +179,7 @@ def enter(
     plan = make_plan(specs, 1, 2**20, 1024)  # several buckets
     buckets = make_buckets(plan, trained)
     exchange, observer = exchange or Recorded(), Observed()
-    start = exchange.join(plan, buckets, outer, dict)
+    start = exchange.join(plan, buckets, outer, Extras(torch.nn.Module(), ()))
     optimizer = LocalStepsOptimizer(
         inner,
         plan,

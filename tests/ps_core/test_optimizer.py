@@ -14,6 +14,7 @@ from torch import nn
 from ps_core.buckets import make_buckets
 from ps_core.errors import NonFiniteError, UsageError
 from ps_core.exchange import Meeting, Outcome, Purpose, Work
+from ps_core.extras import Extras
 from ps_core.local import LocalExchange
 from ps_core.optim_spec import describe
 from ps_core.optimizer import ExchangeOptimizer
@@ -60,7 +61,7 @@ def enter(
     plan = make_plan(specs, 1, 2**20, 2**20)
     buckets = make_buckets(plan, list(model.parameters()))
     exchange, observer = LocalExchange(), Observed()
-    start = exchange.join(plan, buckets, describe(inner), dict)
+    start = exchange.join(plan, buckets, describe(inner), Extras(torch.nn.Module(), ()))
     optimizer = ExchangeOptimizer(
         inner,
         plan,

@@ -17,6 +17,7 @@ from grpc import StatusCode
 from ps_core import codec
 from ps_core.buckets import Bucket, make_buckets
 from ps_core.exchange import Arrival, Farewell, Purpose, Start, Work
+from ps_core.extras import Extras
 from ps_core.leases import PassSpec
 from ps_core.metrics import WorkerMetrics
 from ps_core.optim_spec import OptimizerSpec
@@ -146,7 +147,7 @@ def joined(consistency: ConsistencyConfig) -> Iterator[Desk]:
         plan = make_plan(specs, 1, sizes.part_bytes, sizes.bucket_bytes)
         buckets = make_buckets(plan, [torch.nn.Parameter(torch.zeros(s)) for s in SHAPES])
         exchange = ParameterServerExchange(config, WorkerMetrics(0, 1))
-        start = threads.submit(exchange.join, plan, buckets, SGD, dict)
+        start = threads.submit(exchange.join, plan, buckets, SGD, Extras(torch.nn.Module(), ()))
         desk = Desk(shard, exchange, plan, buckets, threads, shard.accept())
         assert desk.read().HasField("hello")
         assert desk.read().meet.purpose == shard_pb2.PURPOSE_START

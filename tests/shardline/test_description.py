@@ -13,11 +13,11 @@ from ps_core.errors import (
     UsageError,
 )
 from ps_core.exchange import Farewell
+from ps_core.extras import Extras
 from ps_core.plan import ParameterSpec, make_plan
 from ps_core.settings import ClusterConfig, ConsistencyConfig
 from shardline.description import (
     choose_device,
-    extras,
     farewell,
     job_spec,
     move_into_buckets,
@@ -122,22 +122,12 @@ def test_trained_parameters_are_in_the_optimizers_order_with_their_names_in_the_
         assert parameter is made.get_parameter(spec.name)
 
 
-def test_extras_are_what_is_not_trained_and_has_memory_here() -> None:
-    made = model()
-    parameters, _ = trained(optimizer_of(made), made)
-    own = {id(parameter) for parameter in parameters}
-    norm = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
-    assert extras(made, own).keys() == {*norm, "0.bias"}
-    made.get_submodule("1").to("meta")  # as another stage's
-    assert extras(made, own).keys() == {"0.bias"}
-
-
 def test_an_empty_parameter_is_not_trained() -> None:
     made = model()
     made.get_submodule("0").register_parameter("more", nn.Parameter(torch.ones(0)))
     parameters, specs = trained(torch.optim.SGD(made.parameters(), lr=0.1), made)
     assert "0.more" not in [spec.name for spec in specs]
-    assert "0.more" in extras(made, {id(parameter) for parameter in parameters})
+    assert "0.more" in Extras(made, {id(parameter) for parameter in parameters}).read()
 
 
 def test_what_shares_memory_with_a_parameter_is_exchanged_with_it_and_no_extra() -> None:
@@ -147,7 +137,7 @@ def test_what_shares_memory_with_a_parameter_is_exchanged_with_it_and_no_extra()
     parameters, specs = trained(optimizer_of(made), made)
     plan = make_plan(specs, 1, 2**20, 2**20)
     _, exchanged = move_into_buckets(made, plan, parameters, 0)
-    assert not {"same", "row", "0.weight"} & extras(made, exchanged).keys()
+    assert not {"same", "row", "0.weight"} & Extras(made, exchanged).read().keys()
 
 
 def test_a_parameter_without_memory_is_refused() -> None:
