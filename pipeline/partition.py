@@ -11,6 +11,9 @@ from math import inf
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ps_core.errors import UsageError
 
@@ -218,11 +221,29 @@ def _check_parameters_are_apart(layers: Sequence[Layer], stages: Sequence[range]
 def _check_batches_are_whole(layers: Sequence[Layer]) -> None:
     for layer in layers:
         for name, module in layer.module.named_modules(prefix=layer.name):
-            if isinstance(module, _BatchNorm) and module.training:
-                raise UsageError(
-                    f"{name} normalises over a batch, which a pipeline cuts into microbatches: "
-                    "use GroupNorm or LayerNorm instead, or --microbatches 1."
-                )
+            if module.training and (problem := _depends_on_batches(module)):
+                raise UsageError(f"{name.partition('.parametrizations')[0]} {problem}")
+
+
+def _depends_on_batches(module: nn.Module) -> str | None:
+    """Why a module in training trains otherwise on microbatches, and what to do."""
+    if isinstance(module, _BatchNorm):
+        return (
+            "normalises over a batch, which a pipeline cuts into microbatches: use GroupNorm or "
+            "LayerNorm instead, or --microbatches 1."
+        )
+    if isinstance(module, _InstanceNorm) and module.track_running_stats:
+        return (
+            "counts running statistics once per batch, which a pipeline cuts into microbatches: "
+            "leave out track_running_stats, or use --microbatches 1."
+        )
+    hooks = module._forward_pre_hooks.values()
+    if isinstance(module, _SpectralNorm) or any(isinstance(each, SpectralNorm) for each in hooks):
+        return (
+            "has a spectral norm, which iterates once per batch, and a pipeline cuts that into "
+            "microbatches: train without it, or with --microbatches 1."
+        )
+    return None
 
 
 def _placed(layers: Sequence[Layer], stages: Sequence[range]) -> Iterator[tuple[int, Layer]]:

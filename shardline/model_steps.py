@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -69,6 +70,22 @@ class WholeModel:
         with torch.no_grad():
             output: Tensor = self._model(*(tensor.to(self._device) for tensor in inputs))
         return output
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In it a model that is in training mode is in evaluation mode; after it every module is in the
+    mode that it was in.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    if model.training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, is_training in modes:  # parents first, which change their children's
+            if module.training is not is_training:
+                module.train(is_training)
 
 
 def inputs_of(batch: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

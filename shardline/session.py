@@ -43,7 +43,7 @@ from shardline.handed_over import kept, number
 from shardline.journal import Journal
 from shardline.loader import LOADERS_PER_LOOP, Loader, Place, Requests, read_spec
 from shardline.model_file import ModelFile
-from shardline.model_steps import Batch, Loss, TrainStep, WholeModel, inputs_of
+from shardline.model_steps import Batch, Loss, TrainStep, WholeModel, evaluating, inputs_of
 from shardline.notices import Notices
 from shardline.preemption import Preemption
 from shardline.records import Kept
@@ -367,9 +367,14 @@ class Session:
     ) -> torch.Tensor | None:
         """The model's output for its inputs, without gradients; None on a worker without the last
         layers. All workers of a replica must call it.
+
+        A model in training mode is in evaluation mode meanwhile, and then as it was: nothing is
+        dropped, and running statistics are used and stay. One whose `eval()` was called stays as it
+        is, with each of its modules in the mode that it has.
         """
         runner = self._staging or WholeModel(model, self.device)
-        return runner.evaluate(inputs_of(batch))
+        with evaluating(model):
+            return runner.evaluate(inputs_of(batch))
 
     def scheduler(self, make: Callable[[torch.optim.Optimizer], S]) -> S:
         """`make(optimizer)`, a scheduler of torch. On a worker that has joined a running job it is

@@ -198,7 +198,7 @@ def another_buffer_on_worker_1(session: Session) -> Returned:
 
 def test_a_model_with_other_buffers_is_refused(cluster: Cluster) -> None:
     told, own = cluster.run_failing(another_buffer_on_worker_1)
-    assert own.startswith("MismatchError: the job's model has 'of_worker_0'")
+    assert own.startswith("MismatchError: 'of_worker_0' is absent in this worker's model")
     assert "MismatchError" in told
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from pipeline.partition import Layer, at, check, layers, parameter_costs, partition
 from ps_core.errors import UsageError
@@ -219,4 +220,24 @@ def test_batch_statistics_are_refused_with_microbatches_unless_they_are_fixed() 
         check(model, stages, 2)
     check(model, stages, 1)
     norm.eval()
+    check(model, stages, 2)
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        (parametrizations.spectral_norm(nn.Linear(3, 3)), r"blocks\.1\.1 has a spectral norm"),
+        (nn.utils.spectral_norm(nn.Linear(3, 3)), r"blocks\.1\.1 has a spectral norm"),
+        (nn.InstanceNorm1d(3, track_running_stats=True), r"blocks\.1\.1 counts running statistics"),
+    ],
+    ids=["spectral norm", "by a hook", "instance norm"],
+)
+def test_what_counts_batches_is_refused_with_microbatches(norm: nn.Module, message: str) -> None:
+    block = nn.Sequential(nn.Linear(3, 3), norm)
+    model = [Layer("body", nn.Linear(3, 3)), Layer("blocks.1", block)]
+    stages = (range(1), range(1, 2))
+    with pytest.raises(UsageError, match=message):
+        check(model, stages, 2)
+    check(model, stages, 1)
+    block.eval()
     check(model, stages, 2)

@@ -393,6 +393,7 @@ def _read_arrival(given: Arguments) -> Arrival:
         given.real("weight", 1.0),
         "takes_leases" in given.words,
         _read_point(given),
+        "hands_over" in given.words,
     )
 
 
@@ -436,7 +437,7 @@ def _show_met(met: orders.Met) -> str:
     words = [f"met worker={met.worker} step={met.step} epoch={met.epoch}"]
     words[0] += listed("means", (f"{value:g}" for value in met.means))
     words += ["chosen"] * met.chosen + ["refreshed"] * met.refreshed
-    words += ["past"] * met.is_past
+    words += ["past"] * met.is_past + ["handed_over"] * met.handed_over
     if met.grant is not None:
         words.append(_show_grant(met.grant))
     if met.position is not None:

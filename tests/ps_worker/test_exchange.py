@@ -30,10 +30,12 @@ from ps_core.settings import (
     MembershipConfig,
     RpcConfig,
 )
+from ps_core.tensors import digest
 from ps_core.v1 import shard_pb2
 from ps_core.v1.shard_pb2 import ExchangeRequest, ExchangeResponse, Met
 from ps_worker.exchange import ParameterServerExchange
 from tests.ps_worker.fake_shard import PATIENCE_SECONDS, FakeShard, FakeStream
+from tests.reference import holding
 
 SGD = OptimizerSpec("SGD", ({"lr": 0.1},))
 SHAPES = ((100,), (300,), (64,))
@@ -147,7 +149,8 @@ def joined(consistency: ConsistencyConfig) -> Iterator[Desk]:
         plan = make_plan(specs, 1, sizes.part_bytes, sizes.bucket_bytes)
         buckets = make_buckets(plan, [torch.nn.Parameter(torch.zeros(s)) for s in SHAPES])
         exchange = ParameterServerExchange(config, WorkerMetrics(0, 1))
-        start = threads.submit(exchange.join, plan, buckets, SGD, Extras(torch.nn.Module(), ()))
+        extras = Extras(holding({"count": torch.zeros(2)}), ())
+        start = threads.submit(exchange.join, plan, buckets, SGD, extras)
         desk = Desk(shard, exchange, plan, buckets, threads, shard.accept())
         assert desk.read().HasField("hello")
         assert desk.read().meet.purpose == shard_pb2.PURPOSE_START
@@ -289,6 +292,36 @@ def test_in_a_meeting_the_parts_that_may_have_been_lost_are_fetched(desk: Desk) 
         desk.answer(part, 4, 7.0)
     assert meeting.result(PATIENCE_SECONDS).step == 4
     assert desk.values() <= {7.0, 0.0}
+
+
+def meet(desk: Desk, number: int, told: Met) -> shard_pb2.Meet:
+    """Come to the end of a pass, and be told this; what the worker has said."""
+    meeting = desk.run(desk.exchange.meet, Arrival(Purpose.EPOCH, 0))
+    said = desk.read()
+    assert said.number == number
+    desk.stream.send(ExchangeResponse(met=told, number=number))
+    assert meeting.result(PATIENCE_SECONDS).chosen == told.chosen
+    return said.meet
+
+
+def test_the_chosen_worker_hands_its_buffers_over_and_all_take_them(desk: Desk) -> None:
+    said = meet(desk, 2, Met(epoch=2, chosen=True, handed_over=True))
+    assert said.hands_over
+    pulled = desk.shard.called()
+    assert isinstance(pulled, shard_pb2.PullRequest)
+    assert pulled.held == {"count": digest(torch.zeros(2))}
+
+
+def test_a_worker_that_is_chosen_after_the_one_before_it_has_gone_sends_its_own(
+    desk: Desk,
+) -> None:
+    meet(desk, 2, Met(epoch=2))
+    said = meet(desk, 3, Met(epoch=3, chosen=True))
+    assert not said.hands_over
+    loads = [desk.shard.called(), desk.shard.called()]
+    assert isinstance(loads[1], shard_pb2.LoadRequest)
+    assert loads[1].buffer.spec.name == "count"
+    assert desk.shard.calls.empty()
 
 
 def test_the_end_of_a_meeting_that_is_told_twice_does_not_end_the_next_wait(desk: Desk) -> None:

@@ -1,10 +1,12 @@
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from ps_core.errors import UsageError
-from shardline.model_steps import WholeModel, inputs_of, only_input
+from shardline.model_steps import WholeModel, evaluating, inputs_of, only_input
 
 CPU = torch.device("cpu")
 
@@ -52,6 +54,50 @@ def test_evaluation_has_no_graph() -> None:
     output = WholeModel(Sum(), CPU).evaluate((torch.ones(2), torch.ones(2)))
     assert torch.equal(output, torch.full((2,), 6.0))
     assert not output.requires_grad
+
+
+class Seen(nn.Module):
+    """Remembers the modes in which it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Dropout(), nn.BatchNorm1d(1), nn.Sequential(nn.Dropout())])
+        self.seen: list[list[bool]] = []
+
+    def modes(self) -> list[bool]:
+        return [module.training for module in self.modules()]
+
+    def forward(self) -> None:
+        self.seen.append(self.modes())
+
+
+def test_a_model_is_evaluated_in_evaluation_mode_and_then_has_the_modes_it_had() -> None:
+    model = Seen()
+    model.parts[1].eval()
+    before = model.modes()
+    with evaluating(model):
+        model()
+    assert model.seen == [[False] * len(before)]
+    assert model.modes() == before
+
+
+def test_a_model_in_evaluation_mode_is_left_as_it_is() -> None:
+    model = Seen().eval()
+    model.parts[0].train()
+    before = model.modes()
+    with evaluating(model):
+        model()
+    assert model.seen == [before]
+    assert model.modes() == before
+
+
+def test_a_compiled_model_is_evaluated_in_evaluation_mode() -> None:
+    model = nn.Dropout()
+    compiled = cast(nn.Module, torch.compile(model, backend="eager"))
+    with evaluating(compiled):
+        assert not model.training
+    assert model.training
+    assert compiled.training
 
 
 def test_one_tensor_is_one_input() -> None:
