@@ -300,6 +300,8 @@ class Crew:
         """Wait for somebody who takes over what this worker holds, which no member does any more,
         for most of the time that it has left. False: nobody has come.
         """
+        if self.rendezvous.failure():
+            return False
         seconds = _HOLD_SHARE * self._config.worker.grace_seconds
         log.warning("all workers were told to end: waiting %g s for one to take over", seconds)
         deadline = time.monotonic() + seconds

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from allreduce.store import Keeper
+from ps_core.listening import listen
 from tests.processes import Fleet
 
 SCRIPT = """
@@ -47,7 +48,7 @@ with shardline.connect() as session:
 def test_the_last_worker_stays_until_another_has_taken_over(
     tmp_path: Path, is_sharded: bool
 ) -> None:
-    keeper = Keeper("127.0.0.1", 0)
+    keeper = Keeper(listen("127.0.0.1:0"))
     with Fleet(tmp_path, num_shards=0, num_workers=2) as fleet:
         fleet.settings |= {
             "cluster.rendezvous": f"127.0.0.1:{keeper.port}",
@@ -91,7 +92,7 @@ def check_model(path: Path, num_steps: int) -> None:
 
 
 def test_the_last_worker_says_so_when_none_comes(tmp_path: Path) -> None:
-    keeper = Keeper("127.0.0.1", 0)
+    keeper = Keeper(listen("127.0.0.1:0"))
     with Fleet(tmp_path, num_shards=0) as fleet:
         fleet.settings |= {
             "cluster.rendezvous": f"127.0.0.1:{keeper.port}",
@@ -105,7 +106,7 @@ def test_the_last_worker_says_so_when_none_comes(tmp_path: Path) -> None:
 
 
 def test_the_last_worker_does_not_wait_when_the_run_is_interrupted(tmp_path: Path) -> None:
-    keeper = Keeper("127.0.0.1", 0)
+    keeper = Keeper(listen("127.0.0.1:0"))
     with Fleet(tmp_path, num_shards=0) as fleet:
         fleet.settings |= {
             "cluster.rendezvous": f"127.0.0.1:{keeper.port}",

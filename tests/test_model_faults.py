@@ -177,7 +177,7 @@ def check_rescued(folder: Path) -> None:
 def test_workers_that_are_told_to_end_keep_the_model_that_they_have(
     tmp_path: Path, num_shards: int
 ) -> None:
-    keeper = Keeper("127.0.0.1", 0)
+    keeper = Keeper(listen("127.0.0.1:0"))
     with Fleet(tmp_path, num_shards=num_shards, num_workers=2) as fleet:
         fleet.settings["job.run_dir"] = str(tmp_path)
         if not num_shards:
