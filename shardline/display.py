@@ -12,7 +12,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from shardline.progress import View, WorkerView
+from shardline.progress import Totals, View, WorkerView
 from shardline.records import Kept
 from shardline.streams import say
 
@@ -83,13 +83,20 @@ def _rank(name: str) -> int:
     return _NAMED_FIRST.index(name) if name in _NAMED_FIRST else 0
 
 
+def pace(done: View | WorkerView | Totals) -> Row:
+    """How fast it goes, in samples where they were counted."""
+    if done.samples or not done.steps_per_second:
+        return "samples/s", f"{done.samples_per_second:,.0f}"
+    return "steps/s", f"{done.steps_per_second:,.1f}"
+
+
 def headlines(view: View) -> tuple[str, str]:
     """How far the run is; what was logged and sent."""
     where = (
         f"{duration(view.elapsed_seconds)}",
         f"epoch {view.epoch}",
         f"step {view.step:,}",
-        f"{view.samples_per_second:,.0f} samples/s",
+        " ".join(reversed(pace(view))),
     )
     values = [f"{name} {value}" for name, value in named(view.values)]
     sent = (f"pushed {size(view.pushed_bytes)}", f"pulled {size(view.pulled_bytes)}")
@@ -217,22 +224,24 @@ class LiveScreen:
 def picture(view: View) -> Group:
     """The whole view for a terminal: the headlines, then a row per worker."""
     where, what = headlines(view)
-    table = Table("worker", "epoch", "step", "samples", "samples/s", "", box=None, pad_edge=False)
+    unit, _ = pace(view)
+    table = Table("worker", "epoch", "step", "samples", unit, "", box=None, pad_edge=False)
     for column in table.columns[1:5]:
         column.justify = "right"
     for worker in view.workers[:_MAX_ROWS]:
-        table.add_row(*_row(worker))
+        table.add_row(*_row(worker, unit))
     hidden = len(view.workers) - _MAX_ROWS
     rest = [Text(f"… and {hidden} more")] if hidden > 0 else []
     return Group(Text(where, style="bold"), Text(what), table, *rest)
 
 
-def _row(worker: WorkerView) -> list[str]:
+def _row(worker: WorkerView, unit: str) -> list[str]:
+    own, speed = pace(worker)
     return [
         f"worker {worker.rank}",
         str(worker.epoch),
         f"{worker.step:,}",
         f"{worker.samples:,}",
-        f"{worker.samples_per_second:,.0f}",
+        speed if own == unit else "",
         "finished" if worker.has_finished else "starting" if worker.is_starting else "",
     ]

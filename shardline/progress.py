@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from shardline.records import EndRecord, JoinRecord, Kept, Record, StepRecord
 
@@ -11,8 +11,19 @@ WINDOW_SECONDS: Final = 5.0
 """Samples per second are counted over this time, or over the last two records."""
 
 
-_Sample = tuple[float, int]
-"""When, and how many samples until then."""
+class _Sample(NamedTuple):
+    """How many samples and steps there were at a time."""
+
+    time: float
+    samples: int
+    steps: int
+
+
+class _Speed(NamedTuple):
+    """Per second."""
+
+    samples: float = 0.0
+    steps: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +37,7 @@ class WorkerView:
     samples_per_second: float = 0.0
     has_finished: bool = False
     is_starting: bool = False  # its process has written no record yet
+    steps_per_second: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +66,10 @@ class View:
     def samples_per_second(self) -> float:
         return sum(worker.samples_per_second for worker in self.workers)
 
+    @property
+    def steps_per_second(self) -> float:
+        return max(worker.steps_per_second for worker in self.workers)
+
 
 @dataclass(frozen=True, slots=True)
 class Totals:
@@ -69,11 +85,15 @@ class Totals:
     pulled_bytes: int
     reported: Mapping[str, Kept]  # by the lowest rank that has reported anything
     values: Mapping[str, float]  # as in View
+    steps_per_second: float = 0.0  # of the fastest worker
 
 
-def _speed(first: _Sample, last: _Sample) -> float:
-    """Samples per second between two moments; 0 when they are one."""
-    return (last[1] - first[1]) / (last[0] - first[0]) if last[0] > first[0] else 0.0
+def _speed(first: _Sample, last: _Sample) -> _Speed:
+    """Between two moments; 0 when they are one."""
+    seconds = last.time - first.time
+    if seconds <= 0:
+        return _Speed()
+    return _Speed((last.samples - first.samples) / seconds, (last.steps - first.steps) / seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,28 +156,35 @@ class _Worker:
     def _add_step(self, record: StepRecord) -> None:
         self.epoch, self.steps = record.epoch, max(self.steps, record.step)
         self.values.update(record.values)
-        sample = record.time, self.samples
+        sample = _Sample(record.time, self.samples, self.steps)
         self.first = self.first or sample
         self.recent.append(sample)
         while len(self.recent) > 2 and self.recent[1][0] <= record.time - WINDOW_SECONDS:
             self.recent.popleft()
 
-    def samples_per_second(self, now: float) -> float:
+    def speed(self, now: float) -> _Speed:
         if len(self.recent) < 2 or self.reported is not None:
-            return 0.0
+            return _Speed()
         first, last = self.recent[0], self.recent[-1]
         if now - last[0] > max(WINDOW_SECONDS, 2 * (last[0] - first[0])):
-            return 0.0  # it stands still
+            return _Speed()  # it stands still
         return _speed(first, last)
 
-    def mean_samples_per_second(self) -> float:
-        return _speed(self.first, self.recent[-1]) if self.first else 0.0
+    def mean_speed(self) -> _Speed:
+        return _speed(self.first, self.recent[-1]) if self.first else _Speed()
 
     def view(self, now: float) -> WorkerView:
-        speed = self.samples_per_second(now)
+        speed = self.speed(now)
         finished = self.reported is not None
         return WorkerView(
-            self.rank, self.epoch, self.steps, self.samples, speed, finished, self.is_starting
+            self.rank,
+            self.epoch,
+            self.steps,
+            self.samples,
+            speed.samples,
+            finished,
+            self.is_starting,
+            speed.steps,
         )
 
 
@@ -218,7 +245,8 @@ class Progress:
             steps=max(worker.steps for worker in workers),
             version=max(worker.version for worker in workers),
             samples=sum(worker.samples for worker in workers),
-            samples_per_second=sum(worker.mean_samples_per_second() for worker in workers),
+            samples_per_second=sum(worker.mean_speed().samples for worker in workers),
+            steps_per_second=max(worker.mean_speed().steps for worker in workers),
             pushed_bytes=sum(worker.pushed_bytes for worker in workers),
             pulled_bytes=sum(worker.pulled_bytes for worker in workers),
             reported=next((worker.reported for worker in workers if worker.reported), {}),

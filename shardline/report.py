@@ -6,7 +6,7 @@ from pathlib import Path
 from signal import SIGKILL, Signals
 from typing import Final
 
-from shardline.display import Row, duration, named, size
+from shardline.display import Row, duration, named, pace, size
 from shardline.ledger import Balance
 from shardline.local_plan import Launch
 from shardline.progress import Totals
@@ -74,7 +74,7 @@ def rows(
         *named({**totals.values, **totals.reported}),
         ("steps", f"{totals.steps:,}"),
         ("wall time", duration(wall_seconds)),
-        ("samples/s", f"{totals.samples_per_second:,.0f}"),
+        pace(totals),
         ("pushed", size(totals.pushed_bytes)),
         ("pulled", size(totals.pulled_bytes)),
         *([("samples lost / repeated / in part", _samples(balance))] if balance.passes else []),

@@ -7,8 +7,17 @@ from typing import TextIO
 import pytest
 from rich.console import Console
 
-from shardline.display import LiveScreen, PlainScreen, duration, named, picture, screen_for, size
-from shardline.progress import View, WorkerView
+from shardline.display import (
+    LiveScreen,
+    PlainScreen,
+    duration,
+    named,
+    pace,
+    picture,
+    screen_for,
+    size,
+)
+from shardline.progress import Totals, View, WorkerView
 from shardline.records import Kept
 
 
@@ -185,3 +194,15 @@ def test_values_come_in_the_order_people_look_for() -> None:
     names = [name for name, _ in named(values)]
     assert names == ["loss", "accuracy", "zeta", "alpha"]
     assert dict(named(values)) == {"zeta": "1", "accuracy": "0.5", "alpha": "text", "loss": "2"}
+
+
+def test_where_no_samples_are_counted_the_pace_is_in_steps() -> None:
+    workers = tuple(WorkerView(rank, step=30, steps_per_second=2.5 - rank) for rank in range(2))
+    screen = console()
+    screen.print(picture(View(12.0, workers, {}, 0, 0)))
+    lines = text_of(screen).splitlines()
+    assert lines[0] == "12.0 s  epoch 0  step 30  2.5 steps/s"
+    assert re.split(" +", lines[2].strip()) == ["worker", "epoch", "step", "samples", "steps/s"]
+    assert re.split(" +", lines[4].strip()) == ["worker", "1", "0", "30", "0", "1.5"]
+    totals = Totals(30, 30, 0, 0.0, 0, 0, {}, {}, steps_per_second=2.5)
+    assert pace(totals) == ("steps/s", "2.5")

@@ -214,3 +214,12 @@ def test_a_loss_that_is_not_a_number_is_shown_as_such() -> None:
     progress = Progress(2, 2)
     progress.add([step(0, 1.0, 1, 1, {"loss": math.nan}), step(1, 1.0, 1, 1, {"loss": 1.0})])
     assert math.isnan(progress.view(0.0, now=1.0).values["loss"])
+
+
+def test_steps_have_a_speed_where_no_samples_are_counted() -> None:
+    progress = Progress(2, 2)
+    for rank, pace in enumerate((4.0, 2.0)):
+        progress.add(step(rank, t / pace, t, 0) for t in range(21))
+    assert progress.view(10.0, now=10.0).steps_per_second == 4.0
+    totals = progress.totals()
+    assert (totals.samples_per_second, totals.steps_per_second) == (0.0, 4.0)
