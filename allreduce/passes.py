@@ -233,7 +233,8 @@ class Passes:
         return current
 
     def _deal(self, current: Pass, members: tuple[int, ...]) -> None:
-        units = Units(current.free(), current.unit)
+        sharers = 1 if current.is_shared else len(members)
+        units = Units(current.free(), current.unit, sharers)
         is_dealt_to = self._me in members
         deal = Deal(units, members, current.is_shared, self._speeds_of_deals)
         current.deal, current.num_taken = deal if is_dealt_to else None, 0

@@ -7,7 +7,9 @@ The rules, each with a test in tests/ps_core/test_lease_pool.py:
    before what nobody has had: it does not wait for the end of the pass, where everybody would wait
    for it, and few gaps are left.
 2. Stripes: the free positions are cut into units of one batch and dealt in turn, unit k to the k-th
-   of the workers by rank, modulo their number. Who asks first makes no difference.
+   of the workers by rank, modulo their number. Who asks first makes no difference. A last unit of
+   one position takes another from the unit before, if that is part of the same update and keeps
+   two: BatchNorm, for one, cannot train on a single sample.
 3. Stripes are dealt anew when the workers are others than before. What comes back in between is for
    whoever has taken all of its own units. Another worker's units never are.
 4. Workers with different batch sizes cannot share stripes evenly: from the first difference on,
@@ -169,20 +171,33 @@ class Stripes:
 class Units:
     """Ranges cut into units, numbered by arithmetic: no list of them is made."""
 
-    def __init__(self, free: Iterable[range], size: int) -> None:
-        """A unit has `size` positions, or fewer where a range ends."""
+    def __init__(self, free: Iterable[range], size: int, num_workers: int = 1) -> None:
+        """A unit has `size` positions, or fewer where a range ends. `num_workers` units are one
+        update.
+        """
         self.size = size
         self._ranges = list(free)
         counts = (math.ceil(len(positions) / size) for positions in self._ranges)
         self._first_units = [0, *accumulate(counts)]
         """Number of the first unit of each range; the last entry is the number of all units."""
+        self._grown = self._find_grown(num_workers)
+        """The unit that takes a position from the one before; -1: none. Rule 2."""
 
     def __len__(self) -> int:
         return self._first_units[-1]
 
+    def _find_grown(self, num_workers: int) -> int:
+        last = len(self) - 1
+        if self.size < 3 or last < 1 or not last % num_workers:
+            return -1
+        has_neighbour = last > self._first_units[-2]
+        is_single = len(self._ranges[-1]) % self.size == 1
+        return last if is_single and has_neighbour else -1
+
     def at(self, number: int) -> range | None:
         """Unit `number`; None: there are not so many."""
-        return self._from(number)[: self.size] if number < len(self) else None
+        size = self.size - (number + 1 == self._grown)
+        return self._from(number)[:size] if number < len(self) else None
 
     def since(self, number: int) -> Iterator[range]:
         """The unit and all that follows it, as ranges."""
@@ -196,7 +211,8 @@ class Units:
     def _from(self, number: int) -> range:
         """A unit and all that follows it in its range."""
         index = self._range_index(number)
-        return self._ranges[index][(number - self._first_units[index]) * self.size :]
+        start = (number - self._first_units[index]) * self.size - (number == self._grown)
+        return self._ranges[index][start:]
 
 
 class _Deal:
@@ -205,7 +221,7 @@ class _Deal:
     def __init__(self, free: Iterable[range], unit: int, workers: tuple[int, ...]) -> None:
         self.unit = unit
         self.workers = workers
-        self._units = Units(free, unit)
+        self._units = Units(free, unit, len(workers))
         self._next = {worker: index for index, worker in enumerate(workers)}
         """Number of the unit that each worker takes next."""
 

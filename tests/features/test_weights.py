@@ -266,3 +266,23 @@ def test_with_no_samples_a_worker_abstains_and_the_others_go_on(cluster: Cluster
     for result in results:
         assert result.values["skipped"] == 0
         assert_close(result.tensors, model.state_dict(), 1e-10)
+
+
+def normalise(session: Session) -> Returned:
+    """BatchNorm cannot train on a single sample."""
+    model = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+    optimizer = session.optimizer(torch.optim.SGD(model.parameters(), lr=LR), model)
+    sizes = []
+    for (x,) in session.loader(TensorDataset(torch.linspace(0, 1, 21).double()[:, None]), 4):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        sizes.append(len(x))
+    return {"sizes": sizes}
+
+
+@pytest.mark.parametrize("way", ["shards", "allreduce"])
+def test_no_worker_is_left_with_one_sample_of_an_update(cluster: Cluster, way: str) -> None:
+    num_shards, settings = WAYS[way]
+    results = cluster.run(normalise, num_shards=num_shards, environ=environ_of(settings))
+    assert [result.values["sizes"] for result in results] == [[4, 4, 3], [4, 4, 2]]

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import pairwise, zip_longest
 
 import pytest
 from hypothesis import given
@@ -93,8 +94,42 @@ def test_a_worker_gets_every_nth_batch_whoever_asks_first(
             waiting.remove(worker)
         else:
             got[worker].append(taken)
-    batches = [range(num_samples)[start : start + batch] for start in range(0, num_samples, batch)]
+    starts = [*range(0, num_samples, batch), num_samples]
+    last = len(starts) - 2
+    if batch > 2 and last > 0 and last % num_workers and num_samples % batch == 1:
+        starts[last] -= 1
+    batches = [range(start, end) for start, end in pairwise(starts)]
     assert got == {worker: batches[worker::num_workers] for worker in workers}
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "lengths"),
+    [
+        (21, 4, {0: [4, 4, 3], 1: [4, 4, 2]}),
+        (17, 4, {0: [4, 4, 1], 1: [4, 4]}),  # an update of one sample, as in one process
+        (22, 4, {0: [4, 4, 4], 1: [4, 4, 2]}),
+        (7, 2, {0: [2, 2], 1: [2, 1]}),
+        (4, 3, {0: [2], 1: [2]}),
+    ],
+)
+def test_a_last_unit_of_one_takes_another_from_its_neighbour_in_the_same_update(
+    count: int, batch: int, lengths: dict[int, list[int]]
+) -> None:
+    got = drain(Stripes([range(count)]), [0, 1], batch)
+    assert {worker: [len(unit) for unit in units] for worker, units in got.items()} == lengths
+    taken = [
+        position for units in zip_longest(*got.values()) for u in units for position in u or ()
+    ]
+    assert taken == [*range(count)]
+
+
+def test_a_unit_that_nobody_has_taken_is_free_where_the_last_one_has_grown() -> None:
+    stripes = Stripes([range(9)])
+    assert stripes.take(ask(1, [0, 1], 4)) == range(4, 8)
+    assert list(stripes.free()) == [range(4), range(8, 9)]
+    stripes = Stripes([range(13)])
+    assert [stripes.take(ask(1, [0, 1], 4)) for _ in range(2)] == [range(4, 8), range(11, 13)]
+    assert list(stripes.free()) == [range(4), range(8, 11)]
 
 
 def test_stripes_go_by_rank_among_the_workers_that_are_there() -> None:
