@@ -43,4 +43,4 @@ class Gradients:
         return self._left is not None and self._left != self._versions()
 
     def _versions(self) -> list[int]:
-        return [bucket.gradients._version for bucket in self._buckets]
+        return [bucket.gradient_version for bucket in self._buckets]
