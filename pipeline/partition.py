@@ -230,18 +230,18 @@ def _depends_on_batches(module: nn.Module) -> str | None:
     if isinstance(module, _BatchNorm):
         return (
             "normalises over a batch, which a pipeline cuts into microbatches: use GroupNorm or "
-            "LayerNorm instead, or --microbatches 1."
+            "LayerNorm instead, or --schedule gpipe --microbatches 1."
         )
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
         return (
             "counts running statistics once per batch, which a pipeline cuts into microbatches: "
-            "leave out track_running_stats, or use --microbatches 1."
+            "leave out track_running_stats, or use --schedule gpipe --microbatches 1."
         )
     hooks = module._forward_pre_hooks.values()
     if isinstance(module, _SpectralNorm) or any(isinstance(each, SpectralNorm) for each in hooks):
         return (
             "has a spectral norm, which iterates once per batch, and a pipeline cuts that into "
-            "microbatches: train without it, or with --microbatches 1."
+            "microbatches: train without it, or with --schedule gpipe --microbatches 1."
         )
     return None
 

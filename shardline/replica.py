@@ -14,6 +14,7 @@ from pipeline.group import PipelineGroup, connect, disconnect
 from ps_core.errors import EvictedError
 from ps_core.exchange import new_incarnation
 from ps_core.settings import Config
+from ps_core.tensors import plain
 
 
 class StageOfReplica:
@@ -63,7 +64,7 @@ class StageOfReplica:
 
     def fetch(self, tensor: torch.Tensor, stage: int) -> torch.Tensor:
         """One stage's `tensor`, which has the same shape and type on all; on the host."""
-        host = tensor.detach().cpu().contiguous()
+        host = plain(tensor)
         with _noticing():
             flat = host.view(-1).view(torch.uint8)
             self._connected.broadcast(flat, stage).wait()

@@ -6,7 +6,7 @@ import logging
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from ps_core.group_metrics import PipelineMetrics
 from ps_core.plan import ParameterSpec
 from ps_core.settings import Config
 from shardline.batch_size import num_rows
+from shardline.microbatch_buffers import naming_changes
 from shardline.model_steps import Batch, Counts, Loss, only_input
 from shardline.replica import StageOfReplica
 from shardline.weights import Weight, weight_of
@@ -64,6 +65,8 @@ class Staging:
         self._pipeline: PipelineStep | None = None
         self._names: dict[str, int] = {}
         """Layer → the worker of the replica that holds it."""
+        self._unseen: list[Layer] = []
+        """This worker's layers, until a step has shown which buffers they change."""
         self._schedule, given = config.pipeline.schedule, config.pipeline.microbatches
         stages = config.pipeline.stages
         self._num_microbatches = given or default_microbatches(self._schedule, stages)
@@ -116,6 +119,8 @@ class Staging:
         }
         for alias in aliases(model, parameters):
             self._check_is_together(alias)
+        own = stages_of(self._schedule, self.replica.stage, self.replica.num_stages)
+        self._unseen = [layers[index] for stage in own for index in cuts[stage]]
         new = self._materialise(modules)
         for group in optimizer.param_groups:
             group["params"] = [new[each] for each in group["params"] if each in new]
@@ -178,7 +183,8 @@ class Staging:
         *inputs, target = batch
         pipeline = self._ready
         counts(num_rows(inputs), None if weight is None else weight_of(target, weight))
-        loss = pipeline(only_input(inputs), target, loss_fn, weight)
+        with self._naming_changes():
+            loss = pipeline(only_input(inputs), target, loss_fn, weight)
         times = pipeline.last
         if times is not None:
             self._metrics.step(
@@ -188,6 +194,13 @@ class Staging:
                 times.activation_bytes,
             )
         return loss
+
+    def _naming_changes(self) -> AbstractContextManager[None]:
+        """In the first step that has microbatches."""
+        layers, self._unseen = self._unseen, []
+        if self._num_microbatches == 1 or not layers:
+            return nullcontext()
+        return naming_changes(layers, self._num_microbatches)
 
     def evaluate(self, inputs: Sequence[Tensor]) -> Tensor | None:
         """Forward through all stages; the output on the worker with the last layers."""

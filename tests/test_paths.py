@@ -834,7 +834,7 @@ def write_state_dict(session: Session) -> None:
 REFUSALS: Final[dict[Callable[[Session], None], str]] = {
     build_no_sequence: "write the model as an nn.Sequential of its layers",
     build_tied: "0.weight and 1.weight are tied but in different stages: untie them",
-    build_batch_norm: "use GroupNorm or LayerNorm instead, or --microbatches 1",
+    build_batch_norm: "use GroupNorm or LayerNorm instead, or --schedule gpipe --microbatches 1",
     build_outside: "write `with session.model(): model = …`",
     build_one_layer: "1 layers cannot be cut into 2 stages: train with 1 to 1 stages",
     build_idle_stage: "stage 1 would have no parameter to train: use fewer --stages",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from shardline.session import Session
@@ -91,3 +91,51 @@ def test_all_begin_and_end_each_pass_with_those_of_worker_0(
     kept = {k.removeprefix("kinds."): t for k, t in written.items() if k.startswith("kinds.")}
     persistent = {k.removeprefix("kinds.") for k in model.state_dict() if k.startswith("kinds.")}
     assert contents(kept) == {k: v for k, v in expected[-1].items() if k in persistent}
+
+
+class Counted(nn.Module):
+    """Hands its input on, with buffers that differ from one replica to the other."""
+
+    mean: Tensor
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((3,), start))
+        self.register_buffer("mask", torch.full((1,), start).expand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def split_passes(session: Session) -> Returned:
+    """The last stage has the buffers, and replaces one after each step."""
+    with session.model():
+        counted = Counted(session.rank + 1.0)
+        model = nn.Sequential(nn.Linear(7, 5), counted, nn.Linear(5, 3)).double()
+    session.split(at=["1"])
+    optimizer = session.optimizer(torch.optim.SGD(model.parameters(), lr=LR), model)
+    train_step = session.step(model, nn.functional.mse_loss)
+    loader = session.loader(TensorDataset(*samples(6)), batch_size=2)
+    found = []
+    for _ in session.epochs(2):
+        for batch in loader:
+            optimizer.zero_grad()
+            train_step(batch)
+            optimizer.step()
+            if session.stage:
+                counted.mean = counted.mean + session.rank + 1
+        if session.stage:
+            found.append([counted.mean.tolist(), counted.get_buffer("mask").tolist()])
+    return {"found": found}
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+def test_each_stage_has_those_of_the_first_replica(cluster: Cluster, shards: int) -> None:
+    stages = {"SHARDLINE_PIPELINE_STAGES": "2", "SHARDLINE_PIPELINE_MICROBATCHES": "2"}
+    strategy = {} if shards else {"SHARDLINE_JOB_STRATEGY": "allreduce"}
+    results = cluster.run(
+        split_passes, num_shards=shards, num_workers=4, environ={**stages, **strategy}
+    )
+    means = [[1.0 + 2 * epoch] * 3 for epoch in (1, 2)]  # two batches an epoch for replica 0
+    expected = [[mean, [1.0] * 4] for mean in means]
+    assert [result.values["found"] for result in results] == [[], expected, [], expected]
