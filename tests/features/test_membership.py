@@ -87,6 +87,32 @@ def test_the_others_train_on_what_a_worker_leaves(
     assert event in [each["event"] for each in entries if each["kind"] == "worker"]
 
 
+def log_a_step(session: Session) -> Returned:
+    model = Net()
+    optimizer = session.optimizer(torch.optim.SGD(model.parameters(), lr=LR), model)
+    optimizer.zero_grad()
+    loss_of(model, shares(SIZES, 0)[session.rank]).backward()
+    optimizer.step(samples=SIZES[session.rank])
+    session.log(step=1)
+    return {}
+
+
+@pytest.mark.parametrize("num_shards", [2, 0])
+def test_both_records_of_a_job_name_a_process_by_the_same_number(
+    cluster: Cluster, num_shards: int, tmp_path: Path
+) -> None:
+    environ = {**JOB_SEED, "SHARDLINE_JOB_RUN_DIR": str(tmp_path)}
+    environ["SHARDLINE_JOB_STRATEGY"] = "parameter-server" if num_shards else "allreduce"
+    cluster.run(log_a_step, num_shards=num_shards, num_workers=2, environ=environ)
+    files = (tmp_path / name for name in ("metrics.jsonl", "updates.jsonl"))
+    metrics, updates = ([json.loads(line) for line in f.read_text().splitlines()] for f in files)
+    known = {each["rank"]: each["incarnation"] for each in metrics}
+    assert known.keys() == {0, 1}
+    told = [(each["worker"], each["incarnation"]) for each in updates if "incarnation" in each]
+    assert set(told) == set(known.items())
+    assert {(each["rank"], each["incarnation"]) for each in metrics} == set(known.items())
+
+
 def leave_without_a_loader(session: Session, *, waits: bool) -> Returned:
     """Worker 1 is told to end in its second step, or while it waits for worker 0."""
     model = Net()
