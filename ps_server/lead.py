@@ -240,21 +240,21 @@ class Lead:
 
     def idle(self, worker: int) -> list[Effect]:
         """A worker has broken out of its data: whatever it has been granted goes back. Rule 3."""
-        self.ledger.release(worker)
+        self.ledger.take_back(worker)
         return self._rest(worker) + self._look_around()
 
     def _rest(self, worker: int) -> list[Effect]:
         """Stop waiting for a worker."""
         known = self.crew[worker]
-        self.ledger.settle(worker)
         if known.state is not State.MEMBER:
             return []
+        self._is_torn |= not self._policy.sealed and self.ledger.is_open(worker, self.turn)
         known.state = State.IDLE
         return [self._next_epoch()]
 
     def meet(self, worker: int, arrival: Arrival) -> list[Effect]:
         """A worker waits for all the others. Rules 1, 4, 8 and 9. Raises UsageError when it came
-        for something else.
+        for something else, and ProtocolError when it comes in the middle of a step.
         """
         known = self.crew[worker]
         if known.is_away:  # it left before this was read
@@ -268,6 +268,7 @@ class Lead:
         for rank, other in self.crew.present():
             if other.arrival and rank != worker and not other.enters:
                 check_same(worker, arrival, rank, other.arrival)
+        self.ledger.settle(worker, arrival.step)
         self._whereabouts.arrived(arrival)
         effects = self._rest(worker)
         # What it still holds stays its own until the pass ends: samples that it has only read.

@@ -2,25 +2,29 @@
 
 The rules, each with a test:
 
-1. A worker's step takes the leases that its `begin` names. Whatever the worker does next proves
-   that the step is settled: its leases are applied. Each step is closed once.
+1. A worker's step takes the leases that its `begin` names. Its leases are applied once the worker
+   names a later step as its next one, which it does when every part has been answered; nothing else
+   that it says proves that. Each step is closed once.
 2. A refused step gives its leases back.
 3. The step that a fenced process began last is in doubt until every shard that holds parts has told
    what it used: nothing → its leases go back; everything → they are applied; something → they are
    applied in part, never granted again. A process begins no step before the one before is settled.
-4. Whatever else a worker that is gone had been granted goes back.
+4. Whatever else a worker that is gone, or has broken out of its data, had been granted goes back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from ps_core.entries import Contribution, Entry, WorkerEvent
+from ps_core.errors import ProtocolError
 from ps_core.exchange import Grant
 from ps_core.leases import LeaseBook, PassSpec
 from ps_server.effects import Remains
+
+_INTERRUPTED: Final = ": let the exception that has interrupted optimizer.step() end the script"
 
 
 @dataclass(slots=True)
@@ -32,6 +36,7 @@ class _Step:
     samples: int
     given_weight: float | None
     version: int
+    leases: tuple[int, ...]
     is_open: bool = True
     """It is neither settled nor refused."""
 
@@ -68,13 +73,32 @@ class Ledger:
         leases: Sequence[int],
         given_weight: float | None = None,
     ) -> None:
-        """Rule 1. A repeat changes nothing. Raises ProtocolError for leases of others."""
-        known = self._steps.get(worker)
-        if known is not None and (known.incarnation, known.number) == (incarnation, step):
+        """Rule 1. A repeat changes nothing. Raises ProtocolError for leases of others, and for a
+        step that was begun with other ones.
+        """
+        if self._has_begun(worker, incarnation, step):
+            self._check_repeat(worker, step, leases)
             return
         self._close(worker, "applied")
         self.book.consume(worker, step, leases)
-        self._steps[worker] = _Step(incarnation, step, samples, given_weight, step + 1)
+        self._steps[worker] = _Step(
+            incarnation, step, samples, given_weight, step + 1, tuple(leases)
+        )
+
+    def _check_repeat(self, worker: int, step: int, leases: Sequence[int]) -> None:
+        if self._steps[worker].leases != tuple(leases):
+            raise ProtocolError(
+                f"worker {worker} begins step {step} again with other samples{_INTERRUPTED}"
+            )
+
+    def _has_begun(self, worker: int, incarnation: int, step: int) -> bool:
+        known = self._steps.get(worker)
+        return known is not None and (known.incarnation, known.number) == (incarnation, step)
+
+    def is_open(self, worker: int, step: int) -> bool:
+        """The worker has begun the step and not said more: parts may have been updated by it."""
+        known = self._steps.get(worker)
+        return known is not None and known.is_open and known.number == step
 
     def arrived(self, worker: int, step: int, version: int) -> None:
         """The lead's shard has the whole step; `version` includes it."""
@@ -82,12 +106,18 @@ class Ledger:
         if known is not None and known.number == step:
             known.version = version
 
-    def settle(self, worker: int) -> None:
-        """The worker's step is in the parameters. Rule 1. One in doubt is not the process's that
-        holds the rank now.
+    def settle(self, worker: int, next_step: int) -> None:
+        """The worker takes `next_step` next. Rule 1. A step in doubt is not one of the process
+        that holds the rank now. Raises ProtocolError in the middle of a step.
         """
-        if not self.is_in_doubt(worker):
-            self._close(worker, "applied")
+        known = self._steps.get(worker)
+        if known is None or not known.is_open or self.is_in_doubt(worker):
+            return
+        if next_step <= known.number:
+            raise ProtocolError(
+                f"worker {worker} goes on in the middle of its step {known.number}{_INTERRUPTED}"
+            )
+        self._close(worker, "applied")
 
     def refuse(self, worker: int) -> None:
         """The worker's step was not used. Rule 2."""
@@ -119,7 +149,6 @@ class Ledger:
         speeds: Mapping[int, float],
     ) -> Grant:
         """One lease, if there is one for this worker. Raises UsageError when workers disagree."""
-        self.settle(worker)
         answer = self.book.request(loader, spec, worker, workers, speeds)
         if answer.opened is not None:
             self._entries.append(answer.opened)
@@ -128,11 +157,15 @@ class Ledger:
 
     def give_back(self, worker: int, leases: Sequence[int], *, declined: bool) -> None:
         """Leases that no step will use."""
-        self.settle(worker)
         self.book.give_back(worker, leases, declined=declined)
 
+    def take_back(self, worker: int) -> None:
+        """The worker has broken out of its data. Rule 4."""
+        if not self.is_in_doubt(worker):
+            self.book.release(worker)
+
     def release(self, worker: int) -> None:
-        """The worker is gone, and its last step is settled. Rule 4."""
+        """The worker is gone, and its last step is settled. Rules 1 and 4."""
         if not self.is_in_doubt(worker):
             self._close(worker, "applied")
             self.book.release(worker)
@@ -169,9 +202,10 @@ class Ledger:
         latest = [remains for remains in told if remains.step == last.step]
         used = sum(remains.used_parts for remains in latest)
         if used:
-            # The lead may not have heard of the step: its own stream may have been the first to go.
-            work = last.samples, last.leases, last.given_weight
-            self.begin(worker, incarnation, last.step, *work)
+            if not self._has_begun(worker, incarnation, last.step):
+                # The lead's own stream was the first to go.
+                work = last.samples, last.leases, last.given_weight
+                self.begin(worker, incarnation, last.step, *work)
             is_whole = used == sum(remains.num_parts for remains in told)
             self._close(worker, "applied" if is_whole else "in_part")
         else:

@@ -79,6 +79,7 @@ class Proxy:
         self._target = host, int(port)
         self._server = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
+        self._refuses = False
         self._threads: list[threading.Thread] = []
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
         self._run(self._accept)
@@ -99,6 +100,15 @@ class Proxy:
             with suppress(OSError):  # it was broken already
                 self._open.pop().shutdown(socket.SHUT_RDWR)
 
+    def refuse(self) -> None:
+        """Break all connections, and take no new ones."""
+        self._refuses = True
+        self.cut()
+
+    def take_again(self) -> None:
+        """After `refuse`."""
+        self._refuses = False
+
     def _accept(self) -> None:
         with suppress(OSError):  # the server was shut down
             while True:
@@ -108,6 +118,8 @@ class Proxy:
     def _connect(self, near: socket.socket) -> None:
         with suppress(OSError), near, socket.create_connection(self._target) as far:
             self._open += [near, far]
+            if self._refuses:
+                self.cut()
             back = self._run(self._carry, far, near)
             self._carry(near, far)
             back.join(PATIENCE_SECONDS)

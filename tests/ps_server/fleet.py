@@ -102,6 +102,10 @@ class Evicted:
     """The stream ends: the process is fenced."""
 
 
+class Unreachable(Exception):
+    """A shard cannot be reached any more, says the exchange in any wait of the script."""
+
+
 Report = effects.Squares | effects.Ready | effects.Remains
 """What a shard tells the lead."""
 Response = Part | Numbered | orders.Readmitted | Evicted
@@ -215,6 +219,10 @@ class Process:
         self.lockstep = fleet.policy.lockstep
         self.streams: list[Stream | None] = [None] * NUM_SHARDS
         self.is_alive, self.has_left, self.is_preempted = True, False, False
+        self.refused_by: set[int] = set()
+        """The shards that it cannot reach any more."""
+        self.has_given_up = False
+        """It has tried to reach one of them for long enough."""
         self.epoch = 0
         self.expected: dict[int, int] = {}
         self.marks: dict[int, int] = {}
@@ -245,14 +253,22 @@ class Process:
 
     @property
     def can_go_on(self) -> bool:
-        return self.is_alive and not self.has_left and self.blocked()
+        return self.is_alive and not self.has_left and (self.has_given_up or self.blocked())
 
     def go_on(self) -> None:
         """Run the script until it waits again."""
         try:
-            self.blocked = next(self.script)
+            if self.blocked():
+                self.blocked = next(self.script)
+            else:
+                self.script.throw(Unreachable())
         except StopIteration:
             self.has_left = True
+        except Unreachable:
+            self.die()
+
+    def give_up(self) -> None:
+        self.has_given_up = True
 
     def die(self) -> None:
         self.is_alive = False
@@ -347,7 +363,7 @@ class Process:
         step = self.next_step
         key = (self.rank, self.incarnation, step)
         ids = tuple(lease.id for lease in leases)
-        self.fleet.note_step(key, samples, ids, self.versions, self.values)
+        self.fleet.note_step(key, samples, tuple(leases), self.versions, self.values)
         self.marks, self.expected = {}, dict.fromkeys(range(NUM_PARTS), step + 1)
         begin = Begin(step, self.epoch, samples, ({"lr": LR},), ids)
         self.sent = {shard: [begin] for shard in range(NUM_SHARDS)}
@@ -398,6 +414,14 @@ class Process:
         assert self.met.means == (1.0,)
 
     def _pass(self) -> Script:
+        try:
+            yield from self._read()
+        except Unreachable:
+            if not self.is_preempted:
+                self.ask(None)  # as when a loop is broken out of
+            raise
+
+    def _read(self) -> Script:
         grant: Grant | None = None
         stops_after = (
             self.chance.randint(1, 3) if self.chance.random() < self.habits.break_off else -1
@@ -598,7 +622,7 @@ class Fleet:
         self.lead = Lead(terms, self.policy, frozenset(range(NUM_SHARDS)), max_grad_norm)
         self.processes: list[Process] = []
         self.entries: list[Entry] = []
-        self.steps: dict[Key, tuple[int, tuple[int, ...]]] = {}
+        self.steps: dict[Key, tuple[int, tuple[Lease, ...]]] = {}
         self.held: dict[Key, dict[int, tuple[int, float]]] = {}
         """Versions and values of the parts from which a step was computed."""
         self.outcomes: dict[Key, bool] = {}
@@ -646,7 +670,13 @@ class Fleet:
     def _stream_turns(
         self, process: Process, shard: int, stream: Stream | None
     ) -> Iterator[tuple[object, Turn]]:
-        if stream is None and self._wants_stream(process, shard):
+        if shard in process.refused_by and process.is_alive and not process.has_left:
+            if self._is_held_by(process):
+                evict = partial(self.evict, process.rank, process.incarnation)
+                yield (process, shard, "is lost"), evict
+            if not process.has_given_up:
+                yield (process, "gives up"), process.give_up
+        elif stream is None and self._wants_stream(process, shard):
             yield (process, shard), partial(self._reopen, process, shard)
         if stream is not None and stream.up:
             yield (process, shard, "up"), partial(self._deliver_up, process, shard, stream)
@@ -902,6 +932,15 @@ class Fleet:
             peer.stream = None
             process.streams[shard] = None
 
+    def cut_off(self, process: Process, shard: int, num_turns: int) -> None:
+        """The shard refuses the worker from now on. One of them will count the other as lost, and
+        not before about so many turns.
+        """
+        self.break_stream(process, shard)
+        process.refused_by.add(shard)
+        for where in ((process, shard, "is lost"), (process, "gives up")):
+            self.frozen[where] = self.count + self.chance.randint(num_turns // 2, num_turns)
+
     def _reopen(self, process: Process, shard: int) -> None:
         edge = self.edges[shard]
         if (process.rank, process.incarnation) in edge.fenced:
@@ -930,7 +969,7 @@ class Fleet:
         self,
         key: Key,
         samples: int,
-        leases: tuple[int, ...],
+        leases: tuple[Lease, ...],
         versions: Mapping[int, int],
         values: Mapping[int, float],
     ) -> None:

@@ -23,6 +23,7 @@ from tests.ps_server.fleet import (
     NUM_PARTS,
     Fleet,
     Habits,
+    Key,
     Process,
     WatchedPart,
     sample_gradient,
@@ -42,7 +43,17 @@ MODES = {
 }
 MAX_TURNS = 100_000
 HABITS = Habits(num_epochs=2, num_samples=14, batch_size=2)
-KINDS = ("kill", "evict", "preempt", "break", "break control", "come", "replace", "freeze")
+KINDS = (
+    "kill",
+    "evict",
+    "preempt",
+    "break",
+    "cut off",
+    "break control",
+    "come",
+    "replace",
+    "freeze",
+)
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,8 @@ def inflict_on(fleet: Fleet, process: Process, fault: Fault) -> None:
             process.is_preempted = True
         case "break":
             fleet.break_stream(process, fault.shard)
+        case "cut off":
+            fleet.cut_off(process, fault.shard, 10 * 2**fault.who)
         case "replace":
             fleet.kill(process)
             fleet.spawn(process.rank)
@@ -142,6 +155,7 @@ def check(fleet: Fleet) -> None:
     check_what_updates_are_made_of(fleet)
     check_parameters(fleet)
     check_ledger(fleet)
+    check_totals(fleet)
     check_samples(fleet)
     check_outcomes(fleet)
     for edge in fleet.edges:
@@ -217,11 +231,16 @@ def clip_factors(fleet: Fleet) -> dict[int, float]:
     }
 
 
-def check_ledger(fleet: Fleet) -> None:
-    """What the lead has entered is what the shards have done."""
-    used = Counter(
+def num_parts_by_step(fleet: Fleet) -> Counter[Key]:
+    """In how many parts each step has gone."""
+    return Counter(
         key for part in parts_of(fleet) for key in part.settled | set(part.ranks.values())
     )
+
+
+def check_ledger(fleet: Fleet) -> None:
+    """What the lead has entered is what the shards have done."""
+    used = num_parts_by_step(fleet)
     entered = Counter((c.worker, c.incarnation, c.step) for c in fleet.contributions)
     assert set(entered) == set(used)
     assert set(entered.values()) <= {1}
@@ -235,10 +254,22 @@ def check_ledger(fleet: Fleet) -> None:
         key = entry.worker, entry.incarnation, entry.step
         samples, leases = fleet.steps[key]
         assert entry.samples == samples
-        assert tuple(lease.id for lease in entry.leases) == leases
+        assert entry.leases == leases
         assert (entry.state == "applied") == (used[key] == NUM_PARTS)
         in_part[key[:2]] += entry.state == "in_part"
     assert all(count <= 1 and (not count or who in evicted) for who, count in in_part.items())
+
+
+def check_totals(fleet: Fleet) -> None:
+    """The lead's sums are the numbers of samples that went into all parts, and into some only."""
+    applied = in_part = 0
+    for key, num_parts in num_parts_by_step(fleet).items():
+        _, leases = fleet.steps[key]
+        size = sum(lease.length for lease in leases)
+        applied += size if num_parts == NUM_PARTS else 0
+        in_part += size if num_parts < NUM_PARTS else 0
+    totals = fleet.lead.ledger.book.totals()
+    assert (totals.applied, totals.applied_in_part) == (applied, in_part)
 
 
 def check_samples(fleet: Fleet) -> None:
@@ -321,7 +352,7 @@ def test_whatever_happens_to_workers_the_job_completes_and_its_account_is_right(
     if mode in ("scaled", "compensated"):
         # After a stream has broken a worker may drop what it is sent twice: what it holds is then
         # older than the shard believes, and the account here knows better.
-        faults = [fault for fault in faults if fault.kind != "break"]
+        faults = [fault for fault in faults if fault.kind not in ("break", "cut off")]
     clips = clips and MODES[mode].mode == "sync"  # elsewhere each worker clips for itself
     fleet = Fleet(
         seed,
@@ -333,6 +364,19 @@ def test_whatever_happens_to_workers_the_job_completes_and_its_account_is_right(
     )
     run(fleet, faults)
     check(fleet)
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m not in ("scaled", "compensated")])
+def test_when_workers_cannot_reach_a_shard_any_more_the_account_is_right(mode: str) -> None:
+    for seed in range(20):
+        chance = random.Random(seed)
+        faults = [
+            Fault(chance.randint(0, 400), "cut off", chance.randint(0, 4), chance.randint(0, 1))
+            for _ in range(5)
+        ]
+        fleet = Fleet(seed, MODES[mode], num_workers=1 + seed % 3, habits=HABITS)
+        run(fleet, faults)
+        check(fleet)
 
 
 @settings(max_examples=100)
@@ -395,6 +439,7 @@ def test_the_runs_come_across_what_they_are_about() -> None:
         events = {entry.event for entry in fleet.entries if isinstance(entry, WorkerEvent)}
         seen.update(events)
         seen["joined later"] += len(fleet.processes) > fleet.job.num_workers
-    for what in ("repeated", "refused", "came back", "in_part", "evicted", "preempted"):
+        seen["gave up"] += any(process.has_given_up for process in fleet.processes)
+    for what in ("repeated", "refused", "came back", "in_part", "evicted", "preempted", "gave up"):
         assert seen[what] >= 3, f"{what}: {seen}"
     assert seen["joined later"] >= 30

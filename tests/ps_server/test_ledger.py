@@ -40,11 +40,11 @@ def word(step: int, used: int, leases: tuple[int, ...] = (), *, incarnation: int
     return Remains(1, incarnation, step, len(leases), leases, used, 2)
 
 
-# -- 1. Whatever a worker does next settles its step -----------------------------------------------
+# -- 1. A step is settled when its worker names a later one as its next ----------------------------
 
 
-@pytest.mark.parametrize("what", ["begin", "request", "give back", "release", "settle"])
-def test_what_a_worker_does_next_settles_its_step(what: str) -> None:
+@pytest.mark.parametrize("what", ["begin", "release", "settle"])
+def test_a_step_is_settled_by_what_follows_it(what: str) -> None:
     ledger = make()
     first, second = lease(ledger, 1), lease(ledger, 1)
     ledger.begin(1, 7, 0, 1, [first])
@@ -52,17 +52,44 @@ def test_what_a_worker_does_next_settles_its_step(what: str) -> None:
     match what:
         case "begin":
             ledger.begin(1, 7, 1, 1, [second])
+        case "release":
+            ledger.release(1)
+        case "settle":
+            ledger.settle(1, 1)
+    assert settled(ledger) == [(1, 7, 0, "applied", (first,))]
+    ledger.settle(1, 2)
+    assert settled(ledger) == ([(1, 7, 1, "applied", (second,))] if what == "begin" else [])
+
+
+@pytest.mark.parametrize("what", ["request", "give back", "take back"])
+def test_what_a_worker_may_do_in_the_middle_of_a_step_settles_nothing(what: str) -> None:
+    ledger = make()
+    first, second = lease(ledger, 1), lease(ledger, 1)
+    ledger.begin(1, 7, 0, 1, [first])
+    match what:
         case "request":
             ledger.request(1, 0, ONE, [1], {})
         case "give back":
             ledger.give_back(1, [second], declined=False)
-        case "release":
-            ledger.release(1)
-        case "settle":
-            ledger.settle(1)
-    assert settled(ledger) == [(1, 7, 0, "applied", (first,))]
-    ledger.settle(1)
-    assert settled(ledger) == ([(1, 7, 1, "applied", (second,))] if what == "begin" else [])
+        case "take back":
+            ledger.take_back(1)
+            assert ledger.book.totals().granted == 1, "its step keeps its leases"
+    assert settled(ledger) == []
+    ledger.investigate(1, 7)
+    ledger.remains(0, word(0, 2, (first,)))
+    ledger.remains(1, word(0, 0, (first,)))
+    assert settled(ledger) == [(1, 7, 0, "in_part", (first,))]
+
+
+def test_nobody_goes_on_in_the_middle_of_a_step() -> None:
+    ledger = make()
+    first, second = lease(ledger, 1), lease(ledger, 1)
+    ledger.begin(1, 7, 3, 1, [first])
+    with pytest.raises(ProtocolError, match="worker 1 goes on in the middle of its step 3: let"):
+        ledger.settle(1, 3)
+    with pytest.raises(ProtocolError, match="worker 1 begins step 3 again with other samples: let"):
+        ledger.begin(1, 7, 3, 1, [second])
+    assert settled(ledger) == []
 
 
 def test_a_begin_that_is_repeated_changes_nothing_even_after_the_step_is_settled() -> None:
@@ -70,9 +97,9 @@ def test_a_begin_that_is_repeated_changes_nothing_even_after_the_step_is_settled
     first = lease(ledger, 1)
     for _ in range(2):
         ledger.begin(1, 7, 0, 1, [first])
-    ledger.settle(1)
+    ledger.settle(1, 1)
     ledger.begin(1, 7, 0, 1, [first])
-    ledger.settle(1)
+    ledger.settle(1, 1)
     assert settled(ledger) == [(1, 7, 0, "applied", (first,))]
 
 
@@ -88,11 +115,11 @@ def test_leases_of_others_are_refused_and_the_step_before_is_settled_all_the_sam
 def test_a_contribution_says_the_first_version_that_includes_it() -> None:
     ledger = make()
     ledger.begin(1, 7, 4, 3, [])
-    ledger.settle(1)
+    ledger.settle(1, 5)
     ledger.begin(1, 7, 5, 3, [])
     ledger.arrived(1, 4, 90)  # late news of a step that is settled
     ledger.arrived(1, 5, 91)
-    ledger.settle(1)
+    ledger.settle(1, 6)
     entries = [entry for entry in ledger.take_entries() if isinstance(entry, Contribution)]
     seen = [(entry.step, entry.version, entry.samples) for entry in entries]
     assert seen == [(4, 5, 3), (5, 91, 3)]
@@ -110,7 +137,7 @@ def test_a_refused_step_is_entered_nowhere_and_its_samples_are_granted_again() -
     (again,) = ledger.request(2, 0, ONE, [1, 2], {}).leases
     assert (again.start, again.id != first) == (0, True)
     ledger.begin(1, 7, 0, 1, [first])  # a repeat
-    ledger.settle(1)
+    ledger.settle(1, 1)
     assert settled(ledger) == []
 
 
@@ -200,7 +227,8 @@ def test_what_the_next_process_of_the_rank_does_proves_nothing() -> None:
     first, ahead = lease(ledger, 1), lease(ledger, 1)
     ledger.begin(1, 7, 3, 1, [first])
     ledger.investigate(1, 7)
-    ledger.settle(1)
+    ledger.settle(1, 0)
+    ledger.take_back(1)
     ledger.release(1)
     assert settled(ledger) == []
     assert ledger.book.totals().granted == 2, f"lease {ahead} may be in a step that is not known"
@@ -243,7 +271,7 @@ def test_entries_come_in_order_and_once() -> None:
     event = WorkerEvent(1, 7, "joined", 0)
     ledger.note(event)
     ledger.begin(1, 7, 0, 1, [lease(ledger, 1)])
-    ledger.settle(1)
+    ledger.settle(1, 1)
     ledger.end_passes()
     first, second, third, fourth = ledger.take_entries()
     assert (first, second) == (event, PassOpened(0, 0, 8, 0))
@@ -255,7 +283,7 @@ def test_entries_come_in_order_and_once() -> None:
 # -- All of it, in any order -----------------------------------------------------------------------
 
 
-MOVES = ["ask", "begin", "refuse", "return", "release", "die none", "die some"]
+MOVES = ["ask", "begin", "refuse", "return", "break off", "release", "die none", "die some"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(MOVES)), max_size=60))
@@ -309,6 +337,8 @@ def make_move(
             ledger.refuse(worker)
         case "return":
             ledger.give_back(worker, leases, declined=False)
+        case "break off":
+            ledger.take_back(worker)
         case "release":
             ledger.release(worker)
         case _:

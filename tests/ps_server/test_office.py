@@ -245,7 +245,8 @@ def test_samples_are_granted_used_and_given_back(desk: Desk) -> None:
     other = desk.office.request(1, 0, PassSpec(10, 2)).leases[0]
     desk.office.give_back(1, [other.id], declined=False)
     desk.begin(0, 0, leases=[first.id])
-    desk.office.request(0, 0, PassSpec(10, 2))  # so its step is settled
+    second = desk.office.request(0, 0, PassSpec(10, 2)).leases[0]
+    desk.begin(0, 1, leases=[second.id])  # so the step before is settled
     totals = desk.office.totals()
     assert totals is not None
     assert (totals.applied, totals.returned, totals.granted, totals.open) == (2, 2, 2, 6)
