@@ -69,7 +69,9 @@ class Pending:
             # Gloo's wait has the group's timeout. NCCL's only makes the device's stream wait.
             while self._on_device and not self._work.is_completed():
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"no answer for {self._timeout_seconds:g} s")
+                    raise RuntimeError(
+                        f"no answer for {self._timeout_seconds:g} s (allreduce.timeout_seconds)"
+                    )
                 time.sleep(_POLL_SECONDS)
             self._work.wait()
         self._work = None

@@ -112,7 +112,7 @@ def connect(
     except RuntimeError as error:
         raise JobFailedError(
             f"worker {rank} of the pipeline did not meet the other {size - 1} within "
-            f"{timeout_seconds:g} seconds: {error}"
+            f"{timeout_seconds:g} s (allreduce.timeout_seconds): {error}"
         ) from error
 
 

@@ -225,7 +225,7 @@ class PipelineStep:
         reason = in_short(error.__context__ or error)
         failure = JobFailedError(
             f"worker {self._group.rank()} of {self._group.size()} in the pipeline lost another, "
-            f"which is gone or was silent for too long: {reason}"
+            f"which is gone or was silent for too long (allreduce.timeout_seconds): {reason}"
         )
         # Its frames hold what was under way, and with it the sockets by which the others know.
         failure.__cause__ = error.with_traceback(None)

@@ -101,6 +101,16 @@ class Heartbeats:
         pulse = self._pulses.get(worker)
         return None if pulse is None else max(0.0, self._awake(now) - pulse.last)
 
+    def reason(self, worker: int, now: float) -> str:
+        """Why the worker is evicted that is silent."""
+        kind = "deadline" if self.fixed_seconds > 0 else "floor"
+        silence, limit = self.silence(worker, now) or 0.0, self.deadline_seconds(worker)
+        return (
+            f"it gave no sign of life for {silence:.1f} s, and {limit:.3g} s are allowed: raise "
+            f"membership.heartbeat_{kind}_seconds if it was only busy, as in a call that holds "
+            "Python's interpreter lock"
+        )
+
     def _awake(self, now: float) -> float:
         """`now` on a clock that stands still while the observer sleeps."""
         return now - self._asleep_seconds - self._overslept(now)

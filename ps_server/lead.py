@@ -400,6 +400,9 @@ class Lead:
         effects: list[Effect] = []
         steps = awaited(self.crew, self._policy, self.turn)
         for (rank, incarnation, step), seconds in self._patience.late(steps, now):
-            reason = f"others have waited {seconds:.1f} s for its step {step}"
+            reason = (
+                f"others have waited {seconds:.1f} s for its step {step} "
+                "(membership.step_deadline_seconds)"
+            )
             effects += self.evict(rank, incarnation, "step_deadline", reason)
         return effects

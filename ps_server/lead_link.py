@@ -55,20 +55,20 @@ class LeadLink:
         """Serve the link until the node has ended; when the lead cannot be reached in time, end the
         node.
         """
-        patience = self._config.connect_timeout_seconds
+        patience, key = self._config.connect_timeout_seconds, "rpc.connect_timeout_seconds"
         async with open_async_channel(self._address, self._config) as channel:
             while not self._node.ended.is_set():
                 try:
                     await asyncio.wait_for(channel.channel_ready(), patience)
                     await self._serve(channel)
                 except TimeoutError:
-                    self._give_up(patience)
+                    self._give_up(patience, key)
                 except grpc.aio.AioRpcError as error:
                     self._handle(_translate(error))
                 except ShardlineError as error:
                     self._node.end(error)
                 if self._has_job:
-                    patience = self._config.reconnect_seconds
+                    patience, key = self._config.reconnect_seconds, "rpc.reconnect_seconds"
                 await asyncio.sleep(random.uniform(0.05, 0.25))  # noqa: S311 - jitter, not a secret
 
     async def _serve(self, channel: grpc.aio.Channel) -> None:
@@ -111,10 +111,11 @@ class LeadLink:
         else:
             self._node.end(error)
 
-    def _give_up(self, patience: float) -> None:
+    def _give_up(self, patience: float, key: str) -> None:
         self._node.end(
             JobFailedError(
-                f"the lead (shard 0 at {self._address}) could not be reached for {patience:g} s"
+                f"the lead (shard 0 at {self._address}) could not be reached for {patience:g} s "
+                f"({key})"
             )
         )
 

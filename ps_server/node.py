@@ -28,7 +28,7 @@ from ps_server.control import Order
 from ps_server.office import Office
 from ps_server.orders import Complete, Factor, Failed, Membership, Met, Readmitted, Seal
 from ps_server.outbox import Outbox
-from ps_server.roster import Rate, Roster
+from ps_server.roster import Peer, Rate, Roster
 from ps_server.shard import Shard
 from ps_server.stragglers import Lags
 from ps_server.terms import Begin
@@ -351,15 +351,21 @@ class Node:
         now = time.monotonic()
         for rank in self.roster.lost(now):
             peer = self.roster[rank]
-            end = "closed" if peer.opened else "was never opened"
-            died = f"worker {rank} ({peer}) died: its stream to shard {self.index} {end}"
-            self.report(effects.Lost(rank, peer.incarnation, died))
+            self.report(effects.Lost(rank, peer.incarnation, self._why_lost(rank, peer)))
         elapsed, self._ticked = now - self._ticked, now
         self.roster.update_rates(elapsed)
         self.updates.update(self.version, elapsed)
         self._show_progress()
         if self.office is not None:
             self.office.tick(now)
+
+    def _why_lost(self, rank: int, peer: Peer) -> str:
+        died = f"worker {rank} ({peer}) died: its stream to shard {self.index}"
+        if not peer.opened:
+            patience = self.config.membership.join_timeout_seconds
+            return f"{died} was not opened within {patience:g} s (membership.join_timeout_seconds)"
+        patience = self.config.rpc.reconnect_seconds
+        return f"{died} closed and did not come back within {patience:g} s (rpc.reconnect_seconds)"
 
     def _show_progress(self) -> None:
         self._metrics.updated(self.version)

@@ -303,13 +303,13 @@ class Office:
         """Let time pass."""
         for shard in self._liveness.lost(now):
             self.fail(
-                f"shard {shard} was lost: its stream to the lead closed and did not come back"
+                f"shard {shard} was lost: its stream to the lead closed and did not come back "
+                f"within {self._config.rpc.reconnect_seconds:g} s (rpc.reconnect_seconds)"
             )
         if self._lead is None:
             return
         for worker in self._heartbeats.silent(now):
-            silence = self._heartbeats.silence(worker, now) or 0.0
-            reason = f"it gave no sign of life for {silence:.1f} s"
+            reason = self._heartbeats.reason(worker, now)
             self.evict(worker, self._lead.crew.incarnation(worker), "heartbeat", reason)
         self._perform(self._lead.tick(now))
         self._show(self._lead)

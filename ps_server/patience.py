@@ -26,7 +26,10 @@ class Patience:
         missing = sorted(absent)[: max(count - len(here), int(0 in absent))]
         if now < self._terms.deadline or not missing:
             return ""
-        return f"{len(missing)} of {count} workers never joined: {', '.join(map(str, missing))}"
+        return (
+            f"{len(missing)} of {count} workers never joined: {', '.join(map(str, missing))} "
+            "(membership.join_timeout_seconds): look into their logs"
+        )
 
     def paused(self, num_workers: int, now: float) -> str:
         """The job is paused: why it fails, since that lasts too long; or nothing."""
@@ -36,7 +39,8 @@ class Patience:
             return ""
         return (
             f"paused for {self._terms.pause_seconds:g} s with {num_workers} workers, and at least "
-            f"{self._terms.min_workers} are wanted: start more, or lower membership.min_workers"
+            f"{self._terms.min_workers} are wanted: start more, or lower membership.min_workers "
+            "or raise membership.pause_timeout_seconds"
         )
 
     def late(self, steps: Iterable[Step], now: float) -> list[tuple[Step, float]]:

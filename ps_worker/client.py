@@ -35,7 +35,7 @@ from ps_core.rpc import (
 )
 from ps_core.settings import Config
 from ps_core.v1 import shard_pb2
-from ps_worker.calls import translate, unary
+from ps_worker.calls import LONG_KEY, translate, unary
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +123,8 @@ class ShardClient:
             except grpc.FutureTimeoutError as error:
                 ready.cancel()
                 raise ShardUnreachableError(
-                    f"{self} did not answer for {patience:g} s: check that it runs and that the "
-                    "address is right"
+                    f"{self} did not answer for {patience:g} s (rpc.connect_timeout_seconds): "
+                    "check that it runs and that the address is right"
                 ) from error
 
     def join(self, job: shard_pb2.JobSpec) -> bool:
@@ -157,7 +157,7 @@ class ShardClient:
             yield from messages
 
         call = stream_unary(self._channel, SHARD_SERVICE, "Load")
-        unary(call, requests(), str(self), self._long_seconds)
+        unary(call, requests(), str(self), self._long_seconds, LONG_KEY)
 
     def pull(
         self, content: shard_pb2.Content, held: Mapping[str, bytes] = MappingProxyType({})
@@ -170,7 +170,7 @@ class ShardClient:
         try:
             yield from call(request, timeout=self._long_seconds)
         except grpc.RpcError as error:
-            raise translate(error, str(self)) from error
+            raise translate(error, str(self), LONG_KEY) from error
 
     def open(self, listener: Listener) -> None:
         """Open the stream. A thread of this client tells the listener what comes."""
@@ -313,7 +313,8 @@ class ShardClient:
             now = self._question.result()
         except (grpc.RpcError, grpc.FutureCancelledError):
             return ShardUnreachableError(
-                f"{self} died or cannot be reached any more: the stream broke ({symptom})"
+                f"{self} died or cannot be reached any more: the stream broke ({symptom}) and did "
+                f"not come back within {self._config.reconnect_seconds:g} s (rpc.reconnect_seconds)"
             )
         if now.incarnation != self._incarnation:
             return DataLossError(f"{self} restarted and lost its state: start the job again")

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from ps_core.settings import RpcConfig
-from ps_worker.client import describe
+from ps_worker.calls import describe
 from shardline.ledger import Ledger
 from tests.processes import PATIENCE_SECONDS, Fleet, Process, Proxy
 

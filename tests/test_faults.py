@@ -97,8 +97,8 @@ def test_a_worker_says_that_it_waits_where_nobody_listens_and_gives_up(lone_work
     worker.wait_for(rf"^waiting up to 2\.5 s for {shard}$")
     assert worker.wait() == 3
     assert last_line(worker) == (
-        f"shardline: {shard} did not answer for 2.5 s: check that it runs and that the address is "
-        "right"
+        f"shardline: {shard} did not answer for 2.5 s (rpc.connect_timeout_seconds): check that it "
+        "runs and that the address is right"
     )
 
 
@@ -271,8 +271,12 @@ def test_workers_that_never_join_are_named(tmp_path: Path) -> None:
     with Fleet(tmp_path, num_workers=4, settings=settings) as fleet:
         [shard], [worker] = start(fleet, TRAIN_ON)
         assert [worker.wait(), shard.wait()] == [1, 1]
-        assert last_line(worker) == "shardline: 3 of 4 workers never joined: 1, 2, 3"
-        assert last_line(shard) == "ERROR 3 of 4 workers never joined: 1, 2, 3"
+        reason = (
+            "3 of 4 workers never joined: 1, 2, 3 (membership.join_timeout_seconds): look into "
+            "their logs"
+        )
+        assert last_line(worker) == f"shardline: {reason}"
+        assert last_line(shard) == f"ERROR {reason}"
 
 
 def test_workers_that_meet_in_different_orders_are_told_so(lone_shard: Fleet) -> None:

@@ -341,3 +341,23 @@ def test_silence_does_not_depend_on_how_often_an_awake_observer_asks(pause: floa
     beats.beat(0, now=0.0)
     found = {now: beats.silent(now) for now in itertools.islice(itertools.count(pause, pause), 80)}
     assert {now: workers for now, workers in found.items() if workers} == {8.0: [0]}
+
+
+@pytest.mark.parametrize(
+    ("beats", "limit", "key"),
+    [
+        (Heartbeats(10.0, 0.0), "10", "membership.heartbeat_floor_seconds"),
+        (Heartbeats(10.0, 4.0), "4", "membership.heartbeat_deadline_seconds"),
+    ],
+)
+def test_the_reason_names_the_silence_the_limit_and_the_key_that_raises_it(
+    beats: Heartbeats, limit: str, key: str
+) -> None:
+    for now in range(13):
+        beats.silent(now)
+        if now < 2:
+            beats.beat(0, now)
+    assert beats.reason(0, 12.5) == (
+        f"it gave no sign of life for 11.5 s, and {limit} s are allowed: raise {key} if it was "
+        "only busy, as in a call that holds Python's interpreter lock"
+    )

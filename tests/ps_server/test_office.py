@@ -391,7 +391,8 @@ def test_a_shard_that_does_not_come_back_ends_the_job(desk: Desk) -> None:
     assert not any(isinstance(order, Failed) for order in desk.orders)
     desk.office.tick(now + CONFIG.rpc.reconnect_seconds)
     assert desk.orders[-1] == Failed(
-        "shard 1 was lost: its stream to the lead closed and did not come back"
+        "shard 1 was lost: its stream to the lead closed and did not come back within 3 s "
+        "(rpc.reconnect_seconds)"
     )
 
 

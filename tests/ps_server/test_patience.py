@@ -36,7 +36,8 @@ def late(crew: Crew, policy: Consistency, turn: int = 0) -> set[int]:
 def test_those_who_are_missing_at_the_deadline_are_named(here: set[int], named: str) -> None:
     patience = Patience(Terms(num_workers=4, deadline=60.0))
     assert patience.missed(here, 59.9) == ""
-    assert patience.missed(here, 60.0) == named
+    advice = " (membership.join_timeout_seconds): look into their logs"
+    assert patience.missed(here, 60.0) == (named + advice if named else "")
 
 
 # -- Pausing ---------------------------------------------------------------------------------------
@@ -49,8 +50,9 @@ def test_a_pause_is_bounded_and_counted_from_its_beginning() -> None:
     patience.late([], 109.95)  # not paused: over
     assert patience.paused(1, 200.0) == ""
     assert patience.paused(1, 209.9) == ""
-    assert patience.paused(1, 210.0).startswith(
-        "paused for 10 s with 1 workers, and at least 2 are"
+    assert patience.paused(1, 210.0) == (
+        "paused for 10 s with 1 workers, and at least 2 are wanted: start more, or lower "
+        "membership.min_workers or raise membership.pause_timeout_seconds"
     )
 
 
