@@ -1,9 +1,9 @@
-"""Every recipe gives the model that the plain script beside it gives."""
+"""What a page shows in a session trains what the plain script beside it trains."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import pytest
@@ -17,18 +17,43 @@ from tests.reference import JOB_SEED, SEED, assert_close
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
-PAGE: Final = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-SHARED: Final = re.findall(r"^```python shared\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[0]
-RECIPES: Final[Mapping[str, tuple[str, str]]] = {
-    title: (in_session, plain)
-    for title, in_session, plain in re.findall(
-        r"^##+ ([^\n]*)\n(?:(?!^##|^```).*\n)*"
-        r"```python session\n((?:(?!^```).*\n)*)```\n\n```python plain\n((?:(?!^```).*\n)*)```$",
-        PAGE,
-        re.MULTILINE,
-    )
+PAGES: Final = {
+    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("recipes", "consistency")
 }
-"""Title → the block of a session and the plain one."""
+SHARED: Final = re.findall(
+    r"^```python shared\n(.*?)^```$", PAGES["recipes"], re.MULTILINE | re.DOTALL
+)[0]
+ENVIRONMENTS: Final[Mapping[str, Mapping[str, str]]] = {
+    "session": JOB_SEED,
+    "session local": {
+        **JOB_SEED,
+        "SHARDLINE_CONSISTENCY_MODE": "local",
+        "SHARDLINE_CONSISTENCY_LOCAL_STEPS": "1",
+        "SHARDLINE_CONSISTENCY_OUTER_LR": "1",
+        "SHARDLINE_CONSISTENCY_OUTER_MOMENTUM": "0",
+    },
+}
+"""The mark of a block → how its job is configured."""
+
+
+def _recipes(page: str) -> Iterator[tuple[str, tuple[str, str, str]]]:
+    """Title of the section → mark and text of the block of a session, text of the plain one."""
+    for section in re.split(r"^##+ ", PAGES[page], flags=re.MULTILINE)[1:]:
+        blocks = re.findall(r"^```python ([^\n]+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+        if blocks:
+            (mark, in_session), (is_plain, plain) = blocks
+            assert is_plain == "plain"
+            yield f"{page}: {section.partition(chr(10))[0]}", (mark, in_session, plain)
+
+
+RECIPES: Final = {title: recipe for page in PAGES for title, recipe in _recipes(page)}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with one_thread(), Cluster(num_shards=2, num_workers=2) as cluster:
+        yield cluster
 
 
 def run(code: str, **names: object) -> dict[str, Tensor]:
@@ -39,23 +64,26 @@ def run(code: str, **names: object) -> dict[str, Tensor]:
 
 
 def cook(session: Session, *, title: str) -> Mapping[str, Tensor]:
-    return run(RECIPES[title][0], session=session)
+    return run(RECIPES[title][1], session=session)
 
 
-def test_every_block_of_the_page_is_part_of_a_recipe() -> None:
-    assert len(re.findall("^```python [a-z]", PAGE, re.MULTILINE)) == 1 + 2 * len(RECIPES)
-    assert len(RECIPES) > 10
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_a_page_is_run(page: str) -> None:
+    own = [recipe for title, recipe in RECIPES.items() if title.startswith(page)]
+    num_shared = PAGES[page].count("```python shared\n")
+    assert PAGES[page].count("```python") == num_shared + 2 * len(own) > 4
 
 
 @pytest.mark.parametrize("title", RECIPES)
-def test_a_recipe_gives_the_model_of_the_plain_script(title: str) -> None:
-    with one_thread(), Cluster(num_shards=2, num_workers=2) as cluster:
-        alone = run_alone(cook, environ=JOB_SEED, title=title)
-        results = cluster.run(cook, environ=JOB_SEED, title=title)
-        expected = []
-        for workers in (1, 2):
-            torch.manual_seed(SEED)
-            expected.append(run(RECIPES[title][1], workers=workers))
+def test_a_recipe_gives_the_model_of_the_plain_script(cluster: Cluster, title: str) -> None:
+    mark, _, plain = RECIPES[title]
+    environ = ENVIRONMENTS[mark]
+    alone = run_alone(cook, environ=environ, title=title)
+    results = cluster.run(cook, environ=environ, title=title)
+    expected = []
+    for workers in (1, 2):
+        torch.manual_seed(SEED)
+        expected.append(run(plain, workers=workers))
     assert_close(alone.tensors, expected[0], 1e-10, "alone")
     for rank, result in enumerate(results):
         assert_close(result.tensors, expected[1], 1e-10, f"worker {rank}")
