@@ -8,7 +8,8 @@ which signal when. No processes and no clock here.
 - A worker ends with 0 and has never joined the job: the others would wait for it, so that the run
   has failed.
 - A shard fails, or a worker once too often: the others get a moment to notice and to say so, then
-  they are told to end.
+  they are told to end. If all workers end with 0 in that moment, with their last records written,
+  the shard was lost after training was complete: nothing has failed.
 - The shards end with 0 while a worker is still there (it hung, and the others have finished without
   it): the job is complete. Whatever such workers do is no failure; they are told to end.
 - Somebody interrupts the run: workers are told to end, then shards. A second time: all are killed.
@@ -141,6 +142,7 @@ class Supervisor:
     finished: set[int] = field(default_factory=set)  # ranks that have written their last record
     has_trained: bool = False  # some worker has taken a step
     is_hopeless: bool = False  # the workers have said that the job has failed
+    _outlived_shard: bool = False  # all workers have finished without a shard that had failed
     _waiting: dict[ProcessId, _Waiting] = field(default_factory=dict)
     _steps: list[_Step] = field(default_factory=list)
     _since: float = 0.0
@@ -193,7 +195,10 @@ class Supervisor:
             return
         if self.failure is None:
             self._judge(ended, now)
-        if self.failure is not None and not self._told and not self.alive(_WORKERS):
+        if self._is_outlived(self.failure):
+            self.failure, self._outlived_shard = None, True
+        failed = self.failure is not None or self._outlived_shard
+        if failed and not self._told and not self.alive(_WORKERS):
             self._begin([_Step(LONELY_SECONDS, SIGTERM, _SHARDS), self._kill()], now)
 
     def _judge(self, ended: Exit, now: float) -> None:
@@ -207,6 +212,16 @@ class Supervisor:
             self._early[ended.process] = now
         elif not self.alive(_WORKERS) and not self._waiting:
             self._drain(now)
+
+    def _is_outlived(self, failure: Exit | None) -> bool:
+        """It is a shard's, and all workers have ended well since."""
+        if failure is None or failure.process.role != "shard":
+            return False
+        workers = [each for each in self.processes if each.role == "worker"]
+        codes = {each.index: self.exits[each].code for each in workers if each in self.exits}
+        return (
+            len(codes) == len(workers) and not any(codes.values()) and codes.keys() <= self.finished
+        )
 
     def _never_joined(self, ended: Exit) -> bool:
         """It has ended well, and the job has not been complete without it."""
@@ -222,6 +237,8 @@ class Supervisor:
     def _answer(self, ended: Exit, has_finished: bool, now: float) -> None:
         """A process has failed, or a worker was preempted."""
         self.num_preemptions += ended.is_preemption
+        if self._outlived_shard:
+            return
         if ended.process.role == "shard" or has_finished:
             self._fail(ended, now)
         elif self._job_is_complete():

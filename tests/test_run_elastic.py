@@ -14,6 +14,7 @@ from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.elastic import BATCH_SIZE, HOLD_EPOCH, NUM_EPOCHS, NUM_SAMPLES, SCRIPT, Account
 from tests.processes import PATIENCE_SECONDS, Process
@@ -26,10 +27,10 @@ SETTINGS = {"exchange.part_bytes": 512, "worker.device": "cpu", "metrics.port": 
 class Run:
     """A run of the launcher in a folder of its own."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, script: str = SCRIPT) -> None:
         self.folder = folder
         self.run_dir = folder / "run"
-        (folder / "train.py").write_text(SCRIPT)
+        (folder / "train.py").write_text(script)
         options = ("--shards", "2", *options, "--run-dir", str(self.run_dir))
         self.launcher = self.start("run", *options)
 
@@ -68,8 +69,8 @@ class Run:
 
 
 @contextmanager
-def running(folder: Path, *options: str) -> Iterator[Run]:
-    run = Run(folder, *options)
+def running(folder: Path, *options: str, script: str = SCRIPT) -> Iterator[Run]:
+    run = Run(folder, *options, script=script)
     with closing(run.launcher):
         yield run
 
@@ -125,3 +126,45 @@ def test_workers_are_added_and_told_to_go_and_nothing_is_applied_in_part(tmp_pat
     assert summary["samples_applied_in_part"] == 0
     assert summary["preemptions"] == len(account.events("preempted")) == 1
     assert {2, 3} <= set(account.applied_by())
+
+
+WRITES_SLOWLY = """
+import sys
+import time
+from pathlib import Path
+
+import torch
+import shardline
+from shardline import model_file
+
+folder, write_model = Path(sys.argv[1]), model_file.write_model
+
+
+def write_slowly(*arguments):
+    print("writes", flush=True)
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+    write_model(*arguments)
+
+
+model_file.write_model = write_slowly
+model = torch.nn.Linear(8, 8)
+with shardline.connect() as session:
+    optimizer = session.optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for _ in range(300):
+        model(torch.ones(4, 8)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_shard_that_is_lost_while_the_model_is_written_fails_nothing(
+    tmp_path: Path, index: int
+) -> None:
+    with running(tmp_path, "--workers", "2", script=WRITES_SLOWLY) as run:
+        run.launcher.wait_for(r"\[worker 0\] writes")
+        os.kill(run.processes("shard")[index]["pid"], SIGKILL)
+        run.open_gate()
+        run.finish()
+    assert set(load_file(run.run_dir / "model.safetensors")) == {"weight", "bias"}

@@ -120,6 +120,51 @@ def test_a_failure_while_shards_end_counts() -> None:
     assert run.exit_code() == 1
 
 
+def test_a_shard_that_is_lost_once_training_is_complete_fails_nothing() -> None:
+    run = supervisor(0, S1)
+    run.exited(S0, -SIGKILL, 10)
+    assert sent(run, 10) == []
+    for process in (W0, W1):
+        assert run.failure is not None
+        run.finished.add(process.index)
+        run.exited(process, 0, 11)
+    run.exited(S1, 1, 11.5)  # it has noticed that the lead is gone
+    assert sent(run, 12) == []
+    assert run.is_over(12)
+    assert (run.failure, run.exit_code()) == (None, 0)
+
+
+def test_a_shard_that_has_not_noticed_that_another_is_lost_at_the_end_is_told() -> None:
+    run = supervisor(0, S1)
+    run.exited(S0, -SIGKILL, 10)
+    run.finished = {0, 1}
+    run.exited(W0, 0, 11)
+    run.exited(W1, 0, 11)
+    assert sent(run, 11 + LONELY_SECONDS) == [(SIGTERM, (S1,))]
+    run.exited(S1, -SIGTERM, 13)
+    assert run.exit_code() == 0
+
+
+@pytest.mark.parametrize("end", [1, 3, -9])
+def test_a_lost_shard_is_blamed_when_a_worker_does_not_end_well(end: int) -> None:
+    run = supervisor()
+    run.exited(S0, -SIGKILL, 10)
+    run.finished = {0, 1}
+    run.exited(W0, 0, 11)
+    run.exited(W1, end, 11)
+    assert run.failure is not None
+    assert (run.failure.process, run.exit_code()) == (S0, 1)
+
+
+def test_a_lost_shard_is_blamed_when_workers_end_without_a_last_record() -> None:
+    run = supervisor()
+    run.exited(S0, -SIGKILL, 10)
+    run.finished = {0}
+    for process in (W0, W1):
+        run.exited(process, 0, 11)
+    assert run.exit_code() == 1
+
+
 def test_a_shard_that_ends_before_the_workers_is_blamed_unless_somebody_fails_first() -> None:
     run = supervisor()
     run.exited(S0, 0, 0)
