@@ -87,13 +87,15 @@ def distinct_tensors(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], d
     """
     values = _entries(model).items()
     entries = {name: value for name, value in values if isinstance(value, torch.Tensor)}
-    tensors: dict[str, torch.Tensor] = {}
-    metadata = {"format": "pt"}
     first_name: dict[Hashable, str] = {}
     for name in sorted(entries, key=lambda name: not isinstance(entries[name], nn.Parameter)):
-        original = first_name.setdefault(memory_of(entries[name]), name)
+        first_name.setdefault(memory_of(entries[name]), name)
+    tensors: dict[str, torch.Tensor] = {}
+    metadata = {"format": "pt"}
+    for name, tensor in entries.items():
+        original = first_name[memory_of(tensor)]
         if original == name:
-            tensors[name] = entries[name]
+            tensors[name] = tensor
         else:
             metadata[f"tied.{name}"] = original
     return tensors, metadata

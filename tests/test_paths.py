@@ -309,7 +309,7 @@ def plain(
     losses, norms, means = [], [], []
     for number in range(num_passes):
         order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(SEED + number))
-        rows = list(batched(order.split(BATCH_SIZE // replicas), replicas))
+        rows = list(batched(_shared_tail(order.split(BATCH_SIZE // replicas), replicas), replicas))
         totals = []
         for taken in batched(rows, num_accumulated):
             inner.zero_grad()
@@ -326,6 +326,14 @@ def plain(
     with torch.no_grad():
         output = model(samples(9, stream=1)[0])
     return Reference({**model.state_dict(), "output": output}, losses, means)
+
+
+def _shared_tail(batches: Sequence[Tensor], replicas: int) -> list[Tensor]:
+    """A last batch of one sample has a second one from the batch before, of the same update."""
+    *before, neighbour, last = batches
+    if len(last) > 1 or len(batches) % replicas == 1 % replicas:
+        return list(batches)
+    return [*before, neighbour[:-1], torch.cat([neighbour[-1:], last])]
 
 
 def _add_gradients(

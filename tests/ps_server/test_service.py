@@ -212,7 +212,7 @@ def test_a_worker_whose_plan_comes_out_different_is_refused(job: HandJob) -> Non
     request.job.fingerprint = "0" * 64
     assert lead(job).refusal("Join", request) == (
         StatusCode.FAILED_PRECONDITION,
-        "the plan comes out different on the worker and on the shard: run the same release on both",
+        "two processes make different plans of the same job: run the same release everywhere",
     )
 
 

@@ -289,6 +289,9 @@ def test_in_lockstep_batch_b_of_a_pass_goes_to_worker_b_mod_n(
         expected = [order[at : at + batch_size] for at in range(0, count, batch_size)]
         if drop_last and len(expected[-1]) < batch_size:
             expected.pop()
+        is_alone = bool(expected) and len(expected[-1]) == 1 and (len(expected) - 1) % num_workers
+        if is_alone and batch_size > 2:
+            expected[-1].insert(0, expected[-2].pop())  # of the same update
         seen = together(workers, lambda worker: worker.train(loaders[worker.rank]))
         assert seen == [expected[rank::num_workers] for rank in range(num_workers)]
         assert [len(loader) for loader in loaders] == [len(expected[0::num_workers])] * num_workers
