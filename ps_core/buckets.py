@@ -40,6 +40,10 @@ class Bucket:
         self.layout = layout
         self.members = tuple(parameters)
         self.present = [False] * len(parameters)
+        self._left_alone: dict[int, torch.Tensor] = {}
+        """Placement → the values of a parameter for which the collected step has no gradient. Where
+        the other workers have none either, an update does not change them.
+        """
         self.parameters = torch.zeros(layout.length, dtype=layout.dtype, device=device)
         self.gradients = torch.zeros_like(self.parameters)
         on_host = device.type == "cpu"
@@ -73,6 +77,7 @@ class Bucket:
             self.present[position] = parameter.grad is not None
             if parameter.grad is None:
                 view.zero_()
+                self._left_alone[position] = self.parameter_views[position].clone()
                 continue
             if parameter.grad.is_sparse:
                 raise UsageError(
@@ -120,9 +125,15 @@ class Bucket:
 
     def accept(self) -> None:
         """Take the parameters, just written, as they are: `changed` compares with them from now on,
-        and a backward pass through the former values fails, as after a step of torch.optim.
+        and a backward pass through the former values fails, as after a step of torch.optim, which
+        leaves alone what has no gradient.
         """
-        torch.autograd.graph.increment_version(self.members)
+        written = set(range(len(self.members)))
+        for position, former in self._left_alone.items():
+            if torch.equal(former, self.parameter_views[position]):
+                written.discard(position)
+        self._left_alone = {}
+        torch.autograd.graph.increment_version([self.members[each] for each in written])
         self._versions = [parameter._version for parameter in self.members]
         self._remembered, self._sums = self._sample(), self._sum_up()
 
@@ -145,7 +156,9 @@ class Bucket:
         Where the model computes with these a backward pass that still needs them fails.
         """
         if self.host_parameters is self.parameters:
-            torch.autograd.graph.increment_version(self.members)
+            torch.autograd.graph.increment_version(
+                [p for each, p in enumerate(self.members) if each not in self._left_alone]
+            )
 
     @property
     def gradient_version(self) -> int:

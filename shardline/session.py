@@ -226,7 +226,11 @@ class Session:
         """
         self._check_is_open("optimizer")
         if self._model is not None:
-            raise UsageError("session.optimizer was called twice: a session trains one model")
+            raise UsageError(
+                "session.optimizer was called twice: a session trains one model. Two networks (a "
+                "GAN) are one nn.ModuleDict, whose parameters one optimizer has in two groups: see "
+                "docs/recipes.md"
+            )
         spec = job_spec(optimizer, max_grad_norm, self.config.consistency)
         parameters, specs = trained(optimizer, model)
         if self._staging is not None:

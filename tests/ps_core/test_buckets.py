@@ -106,6 +106,27 @@ def test_a_backward_pass_through_values_that_were_replaced_fails_as_in_plain_tor
     model(torch.ones(1, 3)).sum().backward()
 
 
+@pytest.mark.parametrize("others_change_it", [False, True])
+def test_a_parameter_without_gradient_may_be_used_on_unless_others_have_changed_it(
+    others_change_it: bool,
+) -> None:
+    left_alone, trained = nn.Linear(3, 3), nn.Linear(3, 3)
+    bucket = bucket_of(*left_alone.parameters(), *trained.parameters())
+    used_before = left_alone(torch.ones(1, 3, requires_grad=True)).sum()
+    trained(torch.ones(1, 3)).sum().backward()
+    bucket.collect()
+    bucket.lend()
+    if others_change_it:
+        bucket.parameters[0] += 1.0
+    bucket.upload()
+    if others_change_it:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            used_before.backward()
+    else:
+        used_before.backward()
+        assert left_alone.weight.grad is not None
+
+
 def test_gaps_between_parameters_are_zero_in_both_buffers() -> None:
     parameters = random_parameters((3,), (70,))
     bucket = bucket_of(*parameters)
