@@ -31,7 +31,7 @@ demo: $(INSTALLED) ## train on two shards and two workers on this machine
 	$(BIN)/shardline run --shards 2 --workers 2 examples/digits.py
 
 test: $(INSTALLED) ## run the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 faults: $(INSTALLED) ## run the slow tests: whole runs that are killed, stopped and joined
 	$(BIN)/python -m pytest -m slow

@@ -285,7 +285,11 @@ def _add_status(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument("--rendezvous", dest=_RENDEZVOUS, metavar="HOST:PORT", help=_MEET_HELP)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON document, for programs")
-    form.add_argument("--watch", action="store_true", help="again each second, until it is over")
+    form.add_argument(
+        "--watch",
+        action="store_true",
+        help="again each second, until it is over; then it ends with 0",
+    )
     _add_config(parser, ("rpc.insecure",))
 
 
