@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from ps_core.codec import encode_groups
@@ -12,6 +11,7 @@ from ps_core.leases import Lease, PassSpec
 from ps_core.optim_spec import Hyperparameters
 from ps_core.point import Point
 from ps_core.v1 import shard_pb2
+from ps_core.weights import is_weight
 
 MAX_STEP = 2**62
 MAX_SAMPLES = 2**48
@@ -51,7 +51,7 @@ def decode_work(message: shard_pb2.Begin) -> Work:
     if len(message.schedules) > MAX_SCHEDULES:
         raise ProtocolError(f"{len(message.schedules)} schedulers are more than {MAX_SCHEDULES}")
     weight = message.weight if message.HasField("weight") else None
-    if not 0 <= message.weight < math.inf:
+    if not is_weight(message.weight):
         raise ProtocolError(f"gradients cannot be averaged with weight {message.weight}")
     phases = message.phases
     return Work(
@@ -100,7 +100,7 @@ def decode_meet(message: shard_pb2.Meet) -> Arrival:
         purpose = Purpose(message.purpose)
     except ValueError as error:
         raise ProtocolError(f"unknown purpose {message.purpose} of a meeting") from error
-    if not 0 <= message.weight < math.inf:
+    if not is_weight(message.weight):
         raise ProtocolError(f"numbers cannot be averaged with weight {message.weight}")
     return Arrival(
         purpose,

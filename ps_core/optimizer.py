@@ -30,6 +30,7 @@ from ps_core.optim_spec import SCALAR_STATE, Hyperparameters, read_groups
 from ps_core.overlap import Overlap
 from ps_core.plan import Plan, num_stages
 from ps_core.tensors import is_trained
+from ps_core.weights import checked_weight
 
 
 class JobExchange(Exchange, Peers, DataLeases, OptimizerState, Protocol):
@@ -155,9 +156,7 @@ class ExchangeOptimizer(torch.optim.Optimizer):
         or `session.step` has counted since the last step; with other data loading every worker
         weighs the same, which is exact for mean-reduced losses of equal batches.
         """
-        samples = None if samples is None else float(samples)
-        if samples is not None and not 0 <= samples < math.inf:
-            raise UsageError(f"step(samples={samples}): give a number that is not negative")
+        samples = None if samples is None else checked_weight("optimizer.step(samples=…)", samples)
         loss = None if closure is None else self._evaluate(closure)
         self._observer.before_step()
         if self._overlap.work is not None:

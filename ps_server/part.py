@@ -68,13 +68,13 @@ class PartState:
         """Take a gradient that weighs `weight` > 0: 1-D, the part's length and dtype; read until
         `apply`.
         """
-        self.acted[rank] = weight
-        self._hyperparameters[rank] = hyperparameters
         contribution = _Contribution(weight, gradient, present)
         if self._keep:
             self._kept[rank] = contribution
         else:
             self._fold(contribution)
+        self.acted[rank] = weight
+        self._hyperparameters[rank] = hyperparameters
 
     def abstain(self, rank: int) -> None:
         """Note that the worker has no gradient in this update."""

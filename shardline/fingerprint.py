@@ -22,16 +22,20 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 _NUM_SAMPLES = 64
 _NUM_ELEMENTS = 16
 """Of a sample."""
+_SPAN, _SHIFT = 1234.5, 1.2345
+"""Where numbers are told apart: between values that data often have, such as powers of two, since
+the last bit of those may differ.
+"""
 
 
 def fingerprint(dataset: Dataset[Any], seed: int) -> int:
     """Of a dataset with a length, below 2^48; 0: nothing is known. `seed` chooses the samples."""
-    size = len(dataset) if isinstance(dataset, Sized) else 0
     draw = random.Random(seed).sample  # noqa: S311 - the same on all workers is what is wanted
-    chosen = sorted(draw(range(size), min(size, _NUM_SAMPLES)))
     try:
+        size = len(dataset) if isinstance(dataset, Sized) else 0
+        chosen = sorted(draw(range(size), min(size, _NUM_SAMPLES)))
         facts = list(_facts(dataset, chosen))
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OSError):
         return 0  # it only looks like what it is taken for
     if not facts:
         return 0
@@ -49,7 +53,7 @@ def _facts(held: Any, chosen: Sequence[int]) -> Iterator[object]:  # noqa: ANN40
     elif isinstance(held, TensorDataset):
         for tensor in held.tensors:
             yield [_row(tensor[index]) for index in chosen]
-    elif isinstance(held, list | tuple):
+    elif type(held) in (list, tuple):  # one of another class may read files
         yield from _facts_of_sequence(held, chosen)
     elif isinstance(held, Dataset):
         size = len(held) if isinstance(held, Sized) else 0
@@ -101,6 +105,6 @@ def _row(row: torch.Tensor) -> list[object]:
 def _coarse(value: float, largest: float) -> object:
     if not math.isfinite(value):
         return str(value)
-    if abs(value) <= largest / 1000:
+    if abs(value) <= largest / _SPAN:
         return 0
-    return math.copysign(1, value), math.frexp(value)[1]
+    return math.copysign(1, value), math.frexp(value * _SHIFT)[1]

@@ -29,10 +29,12 @@ class Gradients:
         """They are the exchange's from now on."""
         self._left = None
 
-    def are_gone(self) -> bool:
-        """The script has thrown all of them away: each is None, or was set to zero."""
-        if all(each.grad is None for each in self._smallest_first):
-            return True
+    def are_none(self) -> bool:
+        """The script has thrown all of them away."""
+        return all(each.grad is None for each in self._smallest_first)
+
+    def were_zeroed(self) -> bool:
+        """The script has set all of them to zero, or changed what was zero."""
         if not self.were_changed():
             return False
         gradients = (each.grad for each in self._smallest_first)

@@ -53,7 +53,7 @@ class WholeModel:
 
     def train(self, batch: Batch, loss_fn: Loss, weight: Weight | None) -> Tensor:
         """Forward and backward; only forward where the batch weighs nothing."""
-        *inputs, target = (tensor.to(self._device) for tensor in batch)
+        *inputs, target = (tensor.to(self._device) for tensor in tensors_of(batch))
         loss = loss_fn(self._model(*inputs), target)
         weighs = None if weight is None else weight_of(target, weight)
         if self._counts is not None:
@@ -90,7 +90,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def inputs_of(batch: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     """The model's inputs, of which there may be one."""
-    return (batch,) if isinstance(batch, Tensor) else batch
+    return (batch,) if isinstance(batch, Tensor) else tensors_of(batch)
+
+
+def tensors_of(batch: Batch) -> Batch:
+    """The same. Raises UsageError for a batch of anything else."""
+    if not isinstance(batch, Sequence) or not all(isinstance(each, Tensor) for each in batch):
+        raise UsageError(
+            f"a batch of session.step is a list of tensors, the inputs and last the target, and "
+            f"one of session.evaluate the inputs; this is a {_kinds(batch)}: take them out of it, "
+            "or write forward and backward yourself"
+        )
+    return batch
+
+
+def _kinds(batch: object) -> str:
+    kind = type(batch).__name__
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        kind += f" of {', '.join(sorted({type(each).__name__ for each in batch}))}"
+    return kind
 
 
 def only_input(inputs: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -27,6 +26,7 @@ from ps_core.optim_spec import OptimizerSpec
 from ps_core.optimizer import ExchangeOptimizer, JobExchange
 from ps_core.plan import Plan, make_plan
 from ps_core.settings import Config
+from ps_core.weights import checked_weight
 from shardline.attendance import Attendance
 from shardline.description import (
     choose_device,
@@ -386,6 +386,11 @@ class Session:
         """
         if self._optimizer is None:
             raise UsageError("call session.optimizer(...) before session.scheduler(...)")
+        if not callable(make):
+            raise UsageError(
+                f"session.scheduler got a {type(make).__name__}: give it a function that makes "
+                "one, such as lambda optimizer: StepLR(optimizer, 1)"
+            )
         return self._schedules.build(make, self._optimizer, self._start)
 
     def epochs(self, count: int, start: int = 0) -> Iterator[int]:
@@ -459,9 +464,8 @@ class Session:
         """
         if value is None:
             value, weight = 0.0, 0.0
-        mine, weight = number("session.mean", value), number("session.mean's weight", weight)
-        if not 0 <= weight < math.inf:
-            raise UsageError(f"session.mean(weight={weight}): a weight is a number from 0 on")
+        mine = number("session.mean", value)
+        weight = checked_weight("session.mean(weight=…)", weight)
         if self.world_size > 1 and self._model is None:
             raise UsageError(
                 "session.mean needs the other workers: call session.optimizer(...) first"

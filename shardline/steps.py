@@ -180,9 +180,14 @@ class Steps:
             self._drop_what_is_gone()
             self._batches.use()
 
-    def _drop_what_is_gone(self) -> None:
-        """The script may have thrown gradients away without `optimizer.zero_grad()`."""
-        if self._batches.has_gradients and self._gradients and self._gradients.are_gone():
+    def _drop_what_is_gone(self, *, is_stepping: bool = False) -> None:
+        """The script may have thrown gradients away without `optimizer.zero_grad()`. Zeros that a
+        step is taken with are those of a batch without any loss, clipped perhaps.
+        """
+        gradients = self._gradients
+        if not self._batches.has_gradients or gradients is None:
+            return
+        if gradients.are_none() or (not is_stepping and gradients.were_zeroed()):
             self._batches.throw_away()
 
     def before_step(self) -> None:
@@ -192,7 +197,7 @@ class Steps:
             self._metrics.spent("backward", now - self._backward_at)
         self._stop_computing(now)
         if not self._is_early:
-            self._drop_what_is_gone()
+            self._drop_what_is_gone(is_stepping=True)
             self._note_what_was_changed()
         self._is_early = False
         self._enter_step()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ps_core.errors import UsageError
+from ps_core.weights import checked_weight
 from shardline.notices import Notices
 
 Weight = Callable[[Tensor], Tensor | float]
@@ -18,12 +19,12 @@ _PAGE = "see docs/recipes.md, Which loss, which weight"
 
 def weight_of(target: Tensor, weight: Weight) -> float:
     """The weight of a batch. Raises UsageError for what cannot be one."""
-    found = float(weight(target))
-    if not 0 <= found < float("inf"):
+    if not callable(weight):
         raise UsageError(
-            f"session.step(…, weight=…) gives {found}: give a number that is not negative"
+            f"session.step(…, weight={weight!r}) needs a function of the target, such as "
+            "weight=lambda target: (target != ignore_index).sum()"
         )
-    return found
+    return checked_weight("session.step(…, weight=…)", weight(target))
 
 
 class Advised:

@@ -249,7 +249,7 @@ MID_RUN: dict[Case, list[str]] = {
     clamp_data: ["second.weight", "changed between steps", "before session.optimizer"],
     replace_data: ["second.weight", "changed between steps", "before session.optimizer"],
     load_weights_late: ["changed between steps", "before session.optimizer"],
-    negative_samples: ["samples=-1", "not negative"],
+    negative_samples: ["samples=…", "got -1.0", "give 0, or a number from"],
     second_optimizer: ["called twice"],
     iterable_dataset: ["map-style", "session.rank", "step(samples=n)"],
     empty_dataset: ["empty"],

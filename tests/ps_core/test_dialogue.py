@@ -18,6 +18,7 @@ from ps_core.leases import Lease, PassSpec
 from ps_core.optim_spec import Hyperparameters
 from ps_core.point import Point
 from ps_core.v1 import shard_pb2
+from ps_core.weights import MAX_WEIGHT, MIN_WEIGHT
 
 numbers = st.one_of(st.integers(0, 3), st.integers(0, 2**32 - 1))
 samples = st.one_of(st.integers(0, 3), st.integers(0, 2**48))
@@ -25,6 +26,7 @@ large = st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1))
 steps = st.one_of(st.integers(0, 3), st.integers(0, 2**62))
 reals = st.floats(allow_nan=False)
 seconds = st.floats(0, 1e9)
+weights = st.just(0.0) | st.floats(MIN_WEIGHT, MAX_WEIGHT)
 
 
 def over_the_wire(message: Any) -> Any:  # noqa: ANN401 - the type that goes in comes out
@@ -43,7 +45,7 @@ works = st.builds(
     compute_seconds=seconds,
     schedules=st.lists(numbers, max_size=5).map(tuple),
     point=points,
-    given_weight=st.none() | st.floats(0, 1e300),
+    given_weight=st.none() | weights,
 )
 
 
@@ -63,7 +65,7 @@ def test_what_a_begin_leaves_out_is_nothing() -> None:
     assert dialogue.decode_work(shard_pb2.Begin()) == Work(0)
 
 
-@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [-1.0, 1e-44, 1e308, float("nan"), float("inf")])
 def test_gradients_with_a_weight_that_is_none_are_refused(weight: float) -> None:
     with pytest.raises(ProtocolError, match="averaged with weight"):
         dialogue.decode_work(over_the_wire(shard_pb2.Begin(weight=weight)))
@@ -98,7 +100,7 @@ arrivals = st.builds(
     st.sampled_from(Purpose),
     steps,
     st.lists(reals, max_size=4).map(tuple),
-    st.floats(0, allow_infinity=False),
+    weights,
     st.booleans(),
     points,
 )

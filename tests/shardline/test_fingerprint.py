@@ -80,6 +80,27 @@ def test_equal_data_do_not_differ_wherever_files_lie_and_however_numbers_are_rou
     assert of(TensorDataset(tiny)) == of(TensorDataset(tiny + 1e-9))
 
 
+def test_numbers_that_data_often_have_may_differ_in_their_last_bit() -> None:
+    powers = [2.0**k for k in range(-10, 3)]
+    common = torch.tensor([*powers, 1 / 3, 0.001, 0.9, 0.7071]).repeat(8, 1)
+    below = torch.nextafter(common, torch.zeros(()))
+    assert not torch.equal(common, below)
+    assert fingerprint(TensorDataset(common), SEED) == fingerprint(TensorDataset(below), SEED) != 0
+
+
+def test_what_cannot_be_looked_at_is_not_known() -> None:
+    class Broken(Dataset[str]):
+        def __len__(self) -> int:
+            raise NotImplementedError
+
+    class Reading(list[str]):
+        def __getitem__(self, index: object) -> str:  # type: ignore[override]  # the point
+            raise OSError
+
+    assert fingerprint(Broken(), SEED) == 0
+    assert fingerprint(Reading(["a"]), SEED) == 0  # type: ignore[arg-type]  # as some scripts do
+
+
 def test_what_a_worker_notes_while_it_reads_does_not_count() -> None:
     before = of(Files(paths()))
     read = Files(paths())

@@ -13,27 +13,27 @@ def two_gradients() -> tuple[nn.Parameter, nn.Parameter, Gradients]:
     return one, two, gradients
 
 
-def test_gradients_are_gone_when_all_are_none_or_were_set_to_zero() -> None:
+def test_gradients_are_none_or_were_zeroed_only_all_of_them() -> None:
     one, two, gradients = two_gradients()
-    assert not gradients.are_gone()
+    assert not gradients.are_none()
     one.grad = None
-    assert not gradients.are_gone()
+    assert not gradients.are_none()
     two.grad = None
-    assert gradients.are_gone()
+    assert gradients.are_none()
     one, two, gradients = two_gradients()
     for parameter in (one, two):
         assert parameter.grad is not None
-        assert not gradients.are_gone()
+        assert not gradients.were_zeroed()
         parameter.grad.zero_()
-    assert gradients.are_gone()
+    assert gradients.were_zeroed()
 
 
-def test_a_gradient_that_backward_has_left_as_zero_is_not_gone() -> None:
+def test_a_gradient_that_backward_has_left_as_zero_was_not_zeroed() -> None:
     parameter = nn.Parameter(torch.ones(2))
     gradients = gradients_of([parameter])
     (0.0 * parameter).sum().backward()
     gradients.leave()
-    assert not gradients.are_gone()
+    assert not gradients.were_zeroed()
 
 
 def test_clipping_is_a_change_and_unscaling_is_not() -> None:

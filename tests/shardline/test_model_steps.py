@@ -1,4 +1,4 @@
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -112,3 +112,12 @@ def test_a_split_model_takes_one_input() -> None:
     for count in (0, 2):
         with pytest.raises(UsageError, match=f"this batch has {count}: put them into one tensor"):
             only_input([tensor] * count)
+
+
+@pytest.mark.parametrize("batch", [{"x": torch.ones(2)}, (torch.ones(2, 2), 3), "text"])
+def test_a_batch_of_something_else_is_refused(batch: Any) -> None:  # noqa: ANN401 - the point
+    model = WholeModel(nn.Linear(2, 1), CPU)
+    with pytest.raises(UsageError, match=r"^a batch of session\.step is a list of tensors"):
+        model.train(batch, nn.functional.mse_loss, None)
+    with pytest.raises(UsageError, match=r"of session\.evaluate the inputs"):
+        inputs_of(batch)

@@ -358,6 +358,15 @@ def test_a_change_of_gradients_is_noted_once() -> None:
     steps.close()
 
 
+def test_a_batch_without_loss_whose_gradients_are_clipped_weighs_as_any_other(
+    given: Given,
+) -> None:
+    lease = given.batch(4, backward=False)
+    (0.0 * WEIGHT).sum().backward()
+    torch.nn.utils.clip_grad_norm_([WEIGHT], 1.0)
+    assert given.take() == (4, (lease,))
+
+
 def count(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, {"worker": str(RANK), **labels}) or 0.0
 

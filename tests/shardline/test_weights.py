@@ -19,7 +19,7 @@ def test_a_weight_may_be_any_number_that_is_not_negative() -> None:
 
 @pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
 def test_what_cannot_be_a_weight_is_refused(wrong: float) -> None:
-    with pytest.raises(UsageError, match="not negative"):
+    with pytest.raises(UsageError, match="give 0, or a number from"):
         weight_of(TARGETS, lambda _: wrong)
 
 
