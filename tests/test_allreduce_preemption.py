@@ -91,6 +91,7 @@ def check_model(path: Path, num_steps: int) -> None:
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_last_worker_says_so_when_none_comes(tmp_path: Path) -> None:
     keeper = Keeper(listen("127.0.0.1:0"))
     with Fleet(tmp_path, num_shards=0) as fleet:
@@ -105,6 +106,7 @@ def test_the_last_worker_says_so_when_none_comes(tmp_path: Path) -> None:
         assert "no worker has come: the job's parameters go with this one" in worker.output
 
 
+@pytest.mark.slow
 def test_the_last_worker_does_not_wait_when_the_run_is_interrupted(tmp_path: Path) -> None:
     keeper = Keeper(listen("127.0.0.1:0"))
     with Fleet(tmp_path, num_shards=0) as fleet:

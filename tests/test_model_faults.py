@@ -173,6 +173,7 @@ def check_rescued(folder: Path) -> None:
         assert is_one_of_them.all(), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 0], ids=["shards", "all-reduce"])
 def test_workers_that_are_told_to_end_keep_the_model_that_they_have(
     tmp_path: Path, num_shards: int
@@ -195,6 +196,7 @@ def test_workers_that_are_told_to_end_keep_the_model_that_they_have(
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_workers_that_lose_a_shard_keep_the_model_that_they_have(tmp_path: Path) -> None:
     with Fleet(tmp_path, num_shards=2, num_workers=2) as fleet:
         fleet.settings |= {"job.run_dir": str(tmp_path), "exchange.part_bytes": 512}

@@ -602,6 +602,7 @@ data = torch.utils.data.TensorDataset(torch.ones(32, 64), torch.ones(32, 8))
 """
 
 
+@pytest.mark.slow
 def test_real_workers_that_run_a_module_train_on_real_shards(tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     for name, text in {"train": TRAINING_SCRIPT, "data": DATA}.items():
