@@ -297,8 +297,8 @@ class Crew:
         return self.rendezvous.has_guest()
 
     def await_guest(self) -> bool:
-        """Wait for somebody who takes over what this worker holds, which no member does any more,
-        for most of the time that it has left. False: nobody has come.
+        """Wait for a worker that takes over what this one holds, which no member does any more,
+        for most of the time that it has left. False: none has come.
         """
         if self.rendezvous.failure():
             return False

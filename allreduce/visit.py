@@ -41,7 +41,7 @@ class Visit:
         self._meetings = PrefixStore("workers", self._store)
 
     def settings(self) -> dict[str, str]:
-        """The variables with which another worker can join, as somebody has written them. Raises
+        """The variables with which another worker can join, as they stand in the store. Raises
         MismatchError, JobOverError, JobFailedError.
         """
         if self._store.check(["failed"]):

@@ -36,7 +36,7 @@ MAX_PARTS = 2**18
 """One TiB of parameters in parts of the usual size."""
 _FREE_PARTS = 2**14
 _BYTES_OF_ANOTHER_PART = 2**20
-"""Whoever asks for more than so many parts must bring so many bytes for each: a plan of none but
+"""A job of more than so many parts must have so many bytes for each: a plan of none but
 small parts would take seconds, and any stranger can ask for one.
 """
 _MAX_DIMENSIONS = 64

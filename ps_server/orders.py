@@ -53,7 +53,7 @@ class Met:
     is_past: bool = False
     """The others met here before it joined."""
     handed_over: bool = False
-    """Somebody who was there has handed over buffers: all take them over."""
+    """A worker that was there has handed over buffers: all take them over."""
 
 
 @dataclass(frozen=True, slots=True)

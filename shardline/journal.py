@@ -5,13 +5,13 @@ reported.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from ps_core.exchange import Traffic
 from shardline.records import EndRecord, JoinRecord, Kept, Record, StepRecord
+from shardline.streams import tell
 
 _INTERVAL_SECONDS = 0.1
 
@@ -129,5 +129,5 @@ class Journal:
             os.write(self._file, b"".join(lines))
         except OSError as error:
             if not self._has_failed:
-                sys.stderr.write(f"shardline: metrics.jsonl lacks lines: {error.strerror}\n")
+                tell(f"metrics.jsonl lacks lines: {error.strerror}")
             self._has_failed = True

@@ -4,7 +4,6 @@ it is written. `interrupted.safetensors`: what there is when training ends befor
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -23,6 +22,7 @@ from ps_core.errors import (
 )
 from ps_core.exchange import Farewell, Meeting
 from ps_core.model_files import COMPLETE, INTERRUPTED, RESCUED, remove_unfinished
+from shardline.streams import tell
 
 if TYPE_CHECKING:
     from shardline.staging import Staging
@@ -92,9 +92,9 @@ class ModelFile:
         try:
             write_model(model, path, more={INTERRUPTED: when})
         except Exception as failure:  # noqa: BLE001 - `error` is what the process ends with
-            _say(f"the model {when} cannot be written to {path}: {_told(failure)}")
+            tell(f"the model {when} cannot be written to {path}: {_told(failure)}")
         else:
-            _say(f"training is not complete: the model {when} is in {path}")
+            tell(f"training is not complete: the model {when} is in {path}")
 
     def _has_place(self) -> bool:
         """Whether this worker can write, the same on all stages of a replica: the first writes."""
@@ -113,7 +113,7 @@ class ModelFile:
             return
         if self._staging is not None:
             raise error
-        _say(f"training is complete, and then: {error}")
+        tell(f"training is complete, and then: {error}")
         self._write(model, None)
 
     def _write(self, model: torch.nn.Module, sign: Callable[[], Meeting] | None) -> None:
@@ -140,10 +140,6 @@ def _is_settled(meeting: Meeting) -> bool:
 
 def _rescued(path: Path) -> Path:
     return path.with_name(RESCUED)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"shardline: {text}\n")
 
 
 def _told(error: Exception) -> str:

@@ -8,7 +8,7 @@ import random
 import torch
 
 _LARGEST_CHOSEN = 2**32
-"""A seed that somebody has chosen is smaller; torch's own, at its start, has 64 bits."""
+"""A seed that a script chooses is smaller; torch's own, at its start, has 64 bits."""
 
 
 def seed_all(seed: int) -> None:

@@ -52,7 +52,7 @@ from shardline.schedules import S, Schedules
 from shardline.seeds import part_ways
 from shardline.steps import Steps
 from shardline.strategies import check_strategy, make_exchange
-from shardline.streams import say
+from shardline.streams import tell
 from shardline.weights import Advised, Weight
 
 if TYPE_CHECKING:
@@ -70,11 +70,6 @@ _NOTHING_IS_KEPT = (
     "the model, logged values and results of this job will not be written: set "
     "SHARDLINE_JOB_RUN_DIR to an existing folder, or start the script with `shardline run`"
 )
-
-
-def _say(text: str) -> None:
-    """Tell the person who runs the script."""
-    say(f"shardline: {text}\n")
 
 
 def connect(config: Path | str | None = None) -> Session:
@@ -118,7 +113,7 @@ def _exit_on_error() -> Iterator[None]:
     try:
         yield
     except ShardlineError as error:
-        _say(str(error))
+        tell(str(error))
         raise SystemExit(error.exit_code) from forget_frames(error)
 
 
@@ -155,7 +150,7 @@ class Session:
             config.metrics.host, config.metrics.port, shared=config.rpc.shared_ports
         )
         if self._endpoint and not config.metrics.port:
-            _say(f"metrics at {self._endpoint.url}")
+            tell(f"metrics at {self._endpoint.url}")
         metrics = WorkerMetrics(config.cluster.rank, len(config.cluster.shards))
         self._preemption = Preemption(config.worker.grace_seconds)
         self._is_alone = config.strategy == "alone"
@@ -176,7 +171,7 @@ class Session:
             self._attendance.bind(self.exchange)
         self._schedules = Schedules()
         self._steps = self._make_steps(metrics)
-        self._notices = Notices(_say, speaks=config.cluster.rank == 0)
+        self._notices = Notices(tell, speaks=config.cluster.rank == 0)
         self._requests = Requests(self._leases)
         self._num_loaders = 0
         self._is_open = False
@@ -257,7 +252,7 @@ class Session:
             self._notices.once(_NOTHING_IS_KEPT)
         if start.position is not None:
             self._attendance.others_are_at(start.position.point)
-            _say(f"worker {self.rank} joins a running job at step {start.step}")
+            tell(f"worker {self.rank} joins a running job at step {start.step}")
         return self._optimizer
 
     def _watch(self, model: torch.nn.Module, buckets: Sequence[Bucket]) -> None:
@@ -283,7 +278,7 @@ class Session:
         if self._staging is not None:
             lost += texts
         if lost and self.config.cluster.rank == 0:
-            _say(f"model.safetensors will lack {what_is_lost(lost)}")
+            tell(f"model.safetensors will lack {what_is_lost(lost)}")
 
     def _wrap(
         self,

@@ -14,6 +14,11 @@ def say(text: str) -> None:
             sys.stderr.flush()
 
 
+def tell(text: str) -> None:
+    """Tell the person who runs the script, in a line."""
+    say(f"shardline: {text}\n")
+
+
 def prepare_streams() -> None:
     """Make standard output show `?` for what it cannot encode, and open /dev/null in the place of
     streams that are closed: a file or socket would take their numbers, and what is written to them.
